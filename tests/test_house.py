@@ -1,0 +1,208 @@
+"""The shape of the package: floors, sizes, signatures. Read from the sources, so that nothing heavy is imported."""
+import ast
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+PACKAGE = CHECKOUT / "diffusion_lessons"
+NBS = CHECKOUT / "nbs"
+NAME = PACKAGE.name
+LINES = 300  # of code: blank lines, comments and docstrings are free
+LONGEST_LINE = 120
+
+
+def exported_module(notebook: Path) -> str | None:
+    """The dotted name after `#| default_exp`, if the notebook defines a module."""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        first = "".join(cell["source"]).strip().split("\n")[0]
+        if cell["cell_type"] == "code" and first.startswith("#| default_exp"):
+            return first.split()[-1]
+    return None
+
+
+# Module -> number of its room.
+LESSONS = sorted(NBS.glob("[0-9]*.ipynb"))
+ROOMS = {module: int(path.name.split("_")[0]) for path in LESSONS if (module := exported_module(path))}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name not in ("__init__.py", "_modidx.py", "__main__.py")
+}
+TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
+
+
+def imported(module: str, tree: ast.Module) -> set[str]:
+    """The rooms that a module imports, wherever in it the import stands."""
+    here = module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            parts = [*base, *(node.module.split(".") if node.module else [])]
+            if not node.level and parts[0] != NAME:
+                continue
+            parts = parts if node.level else parts[1:]
+            found |= {".".join(parts), *(".".join([*parts, alias.name]) for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix(f"{NAME}.") for alias in node.names if alias.name.startswith(f"{NAME}.")}
+    return found & set(MODULES)
+
+
+def public(tree: ast.Module):
+    """Functions, classes and methods that a user may call, with their dotted names."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+            for inner in node.body if isinstance(node, ast.ClassDef) else []:
+                if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
+                    yield f"{node.name}.{inner.name}", inner
+
+
+def inherited(tree: ast.Module) -> set[str]:
+    """Methods whose base class, in the same module, has a method of that name with a docstring."""
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    documented = {name for name, node in public(tree) if ast.get_docstring(node)}
+    bases = {name: [ast.unparse(base) for base in node.bases] for name, node in classes.items()}
+    return {
+        name for name, _ in public(tree)
+        if "." in name and any(f"{base}.{name.split('.')[1]}" in documented for base in bases[name.split(".")[0]])
+    }  # fmt: skip
+
+
+def test_there_is_a_house():
+    assert {"figures", "config", "meadow", "images", "noise", "unet", "sampling"} <= set(MODULES)
+
+
+def test_every_module_has_its_notebook_and_the_other_way_round():
+    assert set(MODULES) == set(ROOMS)
+
+
+def test_every_module_is_named_after_its_notebook():
+    for path in LESSONS:
+        if module := exported_module(path):
+            number, name = path.stem.split("_", 1)
+            assert number.isdigit() and len(number) == 2
+            last = module.split(".")[-1]
+            assert last == name or last in name.split("_") or "." in module, f"{path.name} defines {module}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_only_from_floors_below(module):
+    above = {name for name in imported(module, TREES[module]) if ROOMS[name] >= ROOMS[module] and name != module}
+    assert not above, f"{module} ({ROOMS[module]}) imports {sorted(above)}"
+
+
+def test_the_check_sees_every_way_to_import():
+    code = """
+from .noise import add_noise
+from . import unet
+import diffusion_lessons.sampling
+def later():
+    from diffusion_lessons.images import ImageSet
+"""
+    assert imported("figures", ast.parse(code)) == {"noise", "unet", "sampling", "images"}, "absolute, relative, nested"
+    assert imported("dreambooth.loop", ast.parse("from ..noise import add_noise")) == {"noise"}
+
+
+def test_no_module_is_a_drawer_for_everything():
+    drawers = {"utils", "util", "helpers", "common", "misc", "core"}
+    assert not {name for name in MODULES if name.split(".")[-1] in drawers}
+
+
+def lines_of_code(path: Path, tree: ast.Module) -> int:
+    """Lines that hold code: not blank, no comment, no docstring."""
+    docstrings = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    return sum(1 for n, line in lines if n not in docstrings and line.strip() and not line.lstrip().startswith("#"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_are_rooms_and_not_halls(module):
+    count = lines_of_code(MODULES[module], TREES[module])
+    if count > LINES:
+        warnings.warn(f"{module} has {count} lines of code; {LINES} is the aim", stacklevel=1)
+    assert count <= LINES + 50
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_lines_fit_the_page(module):
+    lines = MODULES[module].read_text(encoding="utf-8").splitlines()
+    generated = ("__all__ =", "           '", '"""')  # nbdev writes the list of names and the line below the title
+    assert not [line for line in lines if len(line) > LONGEST_LINE and not line.startswith(generated)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names_have_types_and_docstrings(module):
+    problems = []
+    for name, node in public(TREES[module]):
+        overrides = name.split(".")[-1] in OVERRIDES
+        if not ast.get_docstring(node) and not overrides and name not in inherited(TREES[module]):
+            problems.append(f"{name} has no docstring")
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            if untyped and not overrides:
+                problems.append(f"{name} has no type for {untyped}")
+            if node.returns is None and not overrides:
+                problems.append(f"{name} does not say what it returns")
+    assert not problems
+
+
+# Methods that a base class of another package calls; their signature is not ours to choose.
+OVERRIDES = {"forward", "error", "format_help", "add_argument"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_swallowed_and_input_is_not_asserted(module):
+    for node in ast.walk(TREES[module]):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: `python -O` removes asserts; raise an error"
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
+            silent = all(isinstance(each, ast.Pass) for each in node.body)
+            assert not (broad and silent), f"line {node.lineno}: `except Exception: pass` hides what went wrong"
+
+
+HIDDEN_DICE = {
+    *(f"random.{name}" for name in ("random", "choice", "choices", "sample", "shuffle", "randint", "uniform", "gauss")),
+    *(f"np.random.{name}" for name in ("rand", "randn", "normal", "uniform", "randint", "choice", "shuffle")),
+}
+TORCH_DICE = {f"torch.{name}" for name in ("rand", "randn", "randint", "randperm", "bernoulli", "normal")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_randomness_from_a_hidden_global(module):
+    """What is drawn from a global generator depends on whatever ran before."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            text = ast.unparse(node.func)
+            assert text not in HIDDEN_DICE, f"line {node.lineno}: {text}"
+            given = any(keyword.arg == "generator" for keyword in node.keywords)
+            assert given or text not in TORCH_DICE, f"line {node.lineno}: {text} without a generator"
+            assert not text.endswith(("randn_like", "rand_like")), f"line {node.lineno}: {text} takes no generator"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[-1] == "config"])
+def test_configs_are_torch_free_and_quick(module):
+    """Bad arguments are answered before torch is loaded; `--help` takes no ten seconds."""
+    code = f"""
+import sys, time
+start = time.perf_counter()
+import {NAME}.{module}
+print(time.perf_counter() - start)
+assert "torch" not in sys.modules, "torch was imported"
+assert "diffusers" not in sys.modules, "diffusers was imported"
+"""
+    seconds = []
+    for _ in range(3):  # another process may be using the cores: the best of three counts
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT)
+        assert run.returncode == 0, run.stderr
+        seconds.append(float(run.stdout))
+    assert min(seconds) < 1.5
