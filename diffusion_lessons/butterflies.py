@@ -6,9 +6,8 @@
 __all__ = ['grid_shape', 'evaluate', 'train_loop', 'prepare_batch', 'look_and_save', 'publish', 'build_model', 'load_pipeline',
            'load_data', 'train', 'measure_micro_step', 'dry_run', 'check_before_work', 'run_butterflies', 'main']
 
-# %% ../nbs/22_butterflies.ipynb #41920eb4
+# %% ../nbs/22_butterflies.ipynb #8c53a9f0
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -53,7 +52,7 @@ def evaluate(config: TrainingConfig, epoch: int, pipeline: DDPMPipeline) -> Imag
     grid.save(folder / f"{epoch:04d}.png")
     return grid
 
-# %% ../nbs/22_butterflies.ipynb #610f74c5
+# %% ../nbs/22_butterflies.ipynb #29fc7dd7
 def train_loop(
     config: TrainingConfig,
     model: UNet2DModel,
@@ -67,8 +66,8 @@ def train_loop(
     train_dataloader: yields `{"images": (B, C, H, W)}`, uint8 (then normalised and flipped on the device) or floats in
     [-1, 1]. lr_scheduler: None builds the config's own; one of the wrong length is used, with a warning.
 
-    Returns the loss of every optimizer step. Raises as `start_run` does. Nothing touches a device before this is called,
-    so `notebook_launcher(train_loop, args, num_processes=N)` works.
+    Returns the loss of every optimizer step. Raises as `start_run` does. Nothing touches a device before this is
+    called, so `notebook_launcher(train_loop, args, num_processes=N)` works.
     """
     with start_run(config, {"unet": model}, optimizer, train_dataloader, lr_scheduler,
                    num_epochs=config.num_epochs, command="train-butterflies") as run:
@@ -116,8 +115,8 @@ def publish(run: Run, config: TrainingConfig) -> None:
         config.output_dir, config, title=run.output_dir.resolve().name, grid=grids[-1] if grids else None,
         summary=f"An unconditional diffusion model for pictures of {config.image_size} px, trained for "
                 f"{run.global_step} steps.",
-        usage=f'from diffusers import DDPMPipeline\n\npipeline = DDPMPipeline.from_pretrained("{run.output_dir.name}")\n'
-              "image = pipeline().images[0]",
+        usage=f'from diffusers import DDPMPipeline\n\n'
+              f'pipeline = DDPMPipeline.from_pretrained("{run.output_dir.name}")\nimage = pipeline().images[0]',
         tags=["unconditional-image-generation"], base_model=config.pretrained_model_name_or_path)
     if config.push_to_hub:
         say(f"uploaded to {push_to_hub(config)}")
@@ -170,9 +169,9 @@ def train(config: TrainingConfig, images: ImageSet) -> None:
     loader = make_dataloader(images, config.train_batch_size, num_workers=config.dataloader_num_workers)
     train_loop(config, model, noise_scheduler, make_optimizer(model.parameters(), config), loader)
 
-# %% ../nbs/22_butterflies.ipynb #e6320e6a
+# %% ../nbs/22_butterflies.ipynb #b1d3dd66
 def measure_micro_step(config: TrainingConfig, images: ImageSet, repeats: int = 5) -> tuple[float, float, int]:
-    """Take real micro-steps on the real device; return seconds of one, GiB that they need, and the model's parameters."""
+    """Take real micro-steps on the real device; return seconds of one, GiB needed, and the number of parameters."""
     device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     model, noise_scheduler = build_model(config)
     optimizer, generator = make_optimizer(model.to(device).parameters(), config), torch.Generator(device).manual_seed(0)

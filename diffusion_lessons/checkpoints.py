@@ -200,7 +200,7 @@ def prune_checkpoints(output_dir: str | Path, limit: int | None) -> list[str]:
         remove_folder(checkpoint.path)
     return [checkpoint.path.name for checkpoint in surplus]
 
-# %% ../nbs/20_checkpoints.ipynb #a6746060
+# %% ../nbs/20_checkpoints.ipynb #42883778
 _PER_START = ("resume_from_checkpoint", "force_resume", "output_dir", "overwrite_output_dir")
 
 
@@ -217,7 +217,8 @@ def compare_progress(then: dict[str, Any], now: dict[str, Any], config: RunConfi
     insist = "or add --force_resume to train on from its weights as a new run"
     for name in changed:
         if name in fixed and not force:
-            raise InputError(f"--{name} {after[name]}: was {before[name]} in the checkpoint; resume with that value, {insist}")
+            raise InputError(f"--{name} {after[name]}: was {before[name]} in the checkpoint; "
+                             f"resume with that value, {insist}")
     if not force and None not in (then["data"], now["data"]) and then["data"] != now["data"]:
         raise InputError("--resume_from_checkpoint: the training pictures are not those of the checkpoint; "
                          f"resume with the same pictures, {insist}")
@@ -278,7 +279,7 @@ def clear_partial(output_dir: str | Path) -> Sequence[str]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return [path.name for path in left]
 
-# %% ../nbs/20_checkpoints.ipynb #d2105eae
+# %% ../nbs/20_checkpoints.ipynb #de292247
 def lock_output_dir(output_dir: str | Path) -> FileLock:
     """Create the folder and lock it for this process; the lock ends with the process, however that ends.
 
@@ -290,7 +291,8 @@ def lock_output_dir(output_dir: str | Path) -> FileLock:
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"--output_dir {folder}: another run is writing there; wait for it or name another folder") from None
+        raise InputError(f"--output_dir {folder}: another run is writing there; "
+                         "wait for it or name another folder") from None
     except OSError as error:
         raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror}); name another folder") from None
     return lock

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RunFailed', 'Interrupted', 'Terminated', 'write_error_log', 'one_line', 'run_command', 'StopSignals', 'free_port',
-           'launch']
+           'launch', 'front_door', 'train_butterflies']
 
-# %% ../nbs/02_commands.ipynb #49159092
+# %% ../nbs/02_commands.ipynb #fce5a585
+import importlib
 import json
 import logging
 import os
@@ -22,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .config import InputError
+from .config import PRESETS, InputError, TrainingConfig, parse_command_line
 
-# %% ../nbs/02_commands.ipynb #edf880d5
+# %% ../nbs/02_commands.ipynb #17081f54
 class RunFailed(RuntimeError):
     """The run cannot go on through no fault of the input: loss not finite, disk full, out of memory."""
 
@@ -38,7 +39,7 @@ class Terminated(SystemExit):
 
 
 def write_error_log(error: BaseException, folder: str | Path | None = None) -> Path:
-    """Write the full traceback to `folder`/error.log, or to a temporary file where there is no folder; return the path."""
+    """Write the full traceback to `folder`/error.log, or to a temporary file without a folder; return the path."""
     text = "".join(traceback.format_exception(error))
     if folder is not None and Path(folder).is_dir():
         path = Path(folder) / "error.log"
@@ -55,7 +56,7 @@ def one_line(error: BaseException, limit: int = 600) -> str:
     text = " ".join(str(error).split()) or error.__class__.__name__
     return text if len(text) <= limit else f"{text[:limit]} …"
 
-# %% ../nbs/02_commands.ipynb #bfd3afbc
+# %% ../nbs/02_commands.ipynb #c226f2c9
 def run_command(prog: str, function: Callable[[], Any], log_folder: Callable[[], Path | None] = lambda: None) -> int:
     """Call `function` and return the command's exit code: 0, 1, 2, 130 or 143, with one line on standard error.
 
@@ -79,7 +80,7 @@ def run_command(prog: str, function: Callable[[], Any], log_folder: Callable[[],
         return 1
     return 0
 
-# %% ../nbs/02_commands.ipynb #dcaeea6d
+# %% ../nbs/02_commands.ipynb #fc8d1717
 class StopSignals:
     """While the `with` block runs, SIGINT and SIGTERM are noted in `.received` instead of ending the process."""
 
@@ -110,7 +111,7 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/02_commands.ipynb #a60b22a7
+# %% ../nbs/02_commands.ipynb #5b1642b6
 _KINDS = {kind.__name__: kind for kind in (InputError, RunFailed, Interrupted, Terminated)}
 
 
@@ -165,3 +166,23 @@ def launch(function: Callable[..., Any], args: Sequence[Any] = (), num_processes
             if number is not None:
                 raise (Terminated() if number == signal.SIGTERM else Interrupted()) from None
             raise
+
+# %% ../nbs/02_commands.ipynb #bdfad143
+def front_door(prog: str, read: Callable[[Sequence[str]], Any], room: str) -> int:
+    """Answer `--help` and mistakes in the command's words at once; then import `room` and return its `main(words)`.
+
+    read: parses the words, or raises InputError. room: dotted name of the module that does the work.
+    """
+    words = sys.argv[1:]
+    code = run_command(prog, lambda: read(words))
+    if code or {"-h", "--help"} & set(words):
+        return code
+    return importlib.import_module(room).main(words)
+
+
+def train_butterflies() -> int:
+    """The installed command `train-butterflies`; see [22_butterflies](22_butterflies.ipynb) for what is behind it."""
+    def read(words: Sequence[str]) -> Any:
+        return parse_command_line(words, TrainingConfig, PRESETS, "train-butterflies")
+
+    return front_door("train-butterflies", read, "diffusion_lessons.butterflies")

@@ -7,13 +7,13 @@ __all__ = ['LR_SCHEDULERS', 'TRACKERS', 'PRESETS', 'Config', 'InputError', 'clos
            'RunConfig', 'TrainingConfig', 'read_config_file', 'public_fields', 'save_config', 'load_config',
            'LaunchOptions', 'CommandParser', 'parse_command_line']
 
-# %% ../nbs/01_config.ipynb #71f7c873
+# %% ../nbs/01_config.ipynb #4a16123d
 import difflib
 import json
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -80,7 +80,7 @@ def require(holds: bool, name: str, value: Any, remedy: str) -> None:
     if not holds:
         raise InputError(f"--{name} {value}: {remedy}")
 
-# %% ../nbs/01_config.ipynb #c88eae53
+# %% ../nbs/01_config.ipynb #d3652b82
 LR_SCHEDULERS = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 TRACKERS = Literal["tensorboard", "wandb", "trackio", "none"]
 
@@ -90,7 +90,7 @@ class RunConfig:
     """What every kind of training run has: optimizer, schedule, precision, checkpoints, trackers and the Hub."""
 
     output_dir: str = option("outputs/run", "folder for samples, logs, checkpoints and the finished pipeline")
-    overwrite_output_dir: bool = option(True, "replace an earlier run in output_dir; foreign folders are always refused")
+    overwrite_output_dir: bool = option(True, "replace an earlier run in output_dir, never a foreign folder")
     seed: int = option(0, "seed of the weights, the data order, the noise and the sample grids", fixed=True)
     train_batch_size: int = option(16, "pictures per device and micro-step", fixed=True)
     gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step", fixed=True)
@@ -112,15 +112,15 @@ class RunConfig:
         None, "no, fp16 or bf16; by default fp16 on a GPU and no on a CPU (an `accelerate launch` choice goes first)")
     allow_tf32: bool = option(False, "let Ampere and later GPUs multiply float32 matrices as TF32")
     dataloader_num_workers: int = option(0, "loader processes; 0 suits pictures that are held in memory")
-    use_ema: bool = option(False, "average the weights over the steps; samples and pipeline use the average", fixed=True)
+    use_ema: bool = option(False, "average the weights over the steps, for samples and pipeline", fixed=True)
     ema_inv_gamma: float = option(1.0, "inverse gamma of the EMA's warm-up")
     ema_power: float = option(0.75, "power of the EMA's warm-up")
     ema_max_decay: float = option(0.9999, "largest decay of the EMA")
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
-    checkpoints_total_limit: int | None = option(None, "keep this many checkpoints; older ones go after a new one is safe")
+    checkpoints_total_limit: int | None = option(None, "keep so many checkpoints; old ones go when a new one is safe")
     resume_from_checkpoint: str | None = option(None, "latest, checkpoint-N or a path: go on from there, exactly")
     force_resume: bool = option(False, "resume although model, data or seed differ (the run is then a new one)")
-    report_to: TRACKERS = option("tensorboard", "tracker for loss, learning rate and sample grids", aliases=["--logger"])
+    report_to: TRACKERS = option("tensorboard", "tracker of loss, learning rate and samples", aliases=["--logger"])
     logging_dir: str = option("logs", "folder of the tracker, inside output_dir")
     logging_steps: int = option(10, "optimizer steps between reading the loss from the device and logging it")
     push_to_hub: bool = option(False, "upload the finished pipeline")
@@ -151,13 +151,13 @@ class RunConfig:
         require(not self.push_to_hub or self.hub_token is not None or os.environ.get("HF_HUB_OFFLINE") != "1",
                 "push_to_hub", True, "HF_HUB_OFFLINE=1 is set; unset it, or upload later with `hf upload`")
 
-# %% ../nbs/01_config.ipynb #2e464b1d
+# %% ../nbs/01_config.ipynb #c6217416
 @dataclass
 class TrainingConfig(RunConfig):
     """An unconditional run: the fields of the Hugging Face tutorial, then those of `train_unconditional.py`."""
 
     output_dir: str = option("ddpm-butterflies-128", "folder for samples, logs, checkpoints and the finished pipeline")
-    image_size: int = option(128, "side of the square training pictures, in pixels", aliases=["--resolution"], fixed=True)
+    image_size: int = option(128, "side of the training pictures, in pixels", aliases=["--resolution"], fixed=True)
     eval_batch_size: int = option(16, "pictures in a sample grid")
     num_epochs: int = option(50, "passes over the data")
     save_image_epochs: int = option(10, "epochs between sample grids", aliases=["--save_images_epochs"])
@@ -176,14 +176,16 @@ class TrainingConfig(RunConfig):
     model_config_name_or_path: str = option(
         "tutorial-128", "a named UNet, or a folder or Hub id with a UNet2DModel config", fixed=True)
     pretrained_model_name_or_path: str | None = option(None, "an unconditional pipeline to fine-tune", fixed=True)
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = option("epsilon", "what the UNet predicts", fixed=True)
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = option(
+        "epsilon", "what the UNet predicts", fixed=True)
     ddpm_num_steps: int = option(1000, "timesteps of the forward process", fixed=True)
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = option(
         "linear", "how the noise grows over the timesteps", fixed=True)
     snr_gamma: float | None = option(None, "min-SNR weighting of the loss; 5 is the paper's value")
     sampler: Literal["ddpm", "ddim", "dpmsolver++"] = option("dpmsolver++", "solver of the sample grids")
     num_inference_steps: int | None = option(
-        None, "steps of that solver; by default 25, or 50 for ddim, or all for ddpm", aliases=["--ddpm_num_inference_steps"])
+        None, "steps of that solver; by default 25, or 50 for ddim, or all for ddpm",
+        aliases=["--ddpm_num_inference_steps"])
     enable_xformers_memory_efficient_attention: bool = option(False, "attention by xFormers (the [xformers] extra)")
 
     def check(self) -> None:

@@ -22,18 +22,19 @@ from accelerate.utils import (
 
 from .config import InputError, RunConfig
 
-# %% ../nbs/16_devices.ipynb #86872ffb
+# %% ../nbs/16_devices.ipynb #03f888a6
 def choose_precision(wanted: str | None, device_type: str) -> str:
     """Return `no`, `fp16` or `bf16`: what was asked for, else Accelerate's own setting, else fp16 on a GPU.
 
     device_type: `cuda`, `xpu`, `mps` or `cpu`. Raises InputError for fp16 without a GPU.
     """
-    chosen = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION") or ("fp16" if device_type in ("cuda", "xpu") else "no")
+    by_device = "fp16" if device_type in ("cuda", "xpu") else "no"
+    chosen = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION") or by_device
     if chosen == "fp16" and device_type == "cpu":
         raise InputError("--mixed_precision fp16: needs a GPU and this machine has none; take bf16 or no")
     return chosen
 
-
+# %% ../nbs/16_devices.ipynb #3af11e7e
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Build the Accelerator of a run; call it inside the launched function, never before."""
     device_type = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
@@ -48,7 +49,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         project_config=ProjectConfiguration(config.output_dir, os.path.join(config.output_dir, config.logging_dir)),
     )
 
-# %% ../nbs/16_devices.ipynb #74c894b3
+# %% ../nbs/16_devices.ipynb #7088da25
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     """Call `function` on the main process and return its result on all; its InputError is raised on all, too."""
     outcome: list[Any] = [None, None]
@@ -62,7 +63,7 @@ def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
         raise InputError(outcome[1])
     return outcome[0]
 
-
+# %% ../nbs/16_devices.ipynb #33e1d60a
 def forget_accelerator(accelerator: Accelerator) -> None:
     """End the trackers and forget Accelerate's shared state, so that the next run may choose another precision."""
     accelerator.end_training()

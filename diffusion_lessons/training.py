@@ -55,7 +55,7 @@ from diffusion_lessons.optimization import (
 )
 from .tracking import LossLog, log_image, say, start_tracker
 
-# %% ../nbs/21_training.ipynb #9b26ea51
+# %% ../nbs/21_training.ipynb #b46a0f9a
 class Run:
     """One training run: Accelerate, schedule, EMA, trackers, checkpoints and stopping. Made by `start_run`."""
 
@@ -96,7 +96,9 @@ class Run:
 
         on_main(self.accelerator, claim)
 
-    def prepare(self, optimizer: torch.optim.Optimizer, dataloader: DataLoader, lr_scheduler: LRScheduler | None) -> None:
+    def prepare(
+        self, optimizer: torch.optim.Optimizer, dataloader: DataLoader, lr_scheduler: LRScheduler | None
+    ) -> None:
         """Hand everything to Accelerate, count the steps, and build the schedule and averages that were not given."""
         config, accelerator = self.config, self.accelerator
         self._data = getattr(dataloader.dataset, "fingerprint", None)
@@ -153,7 +155,8 @@ class Run:
     def epochs(self) -> Iterator[int]:
         """Yield the number of each epoch that is still to be trained, from the one that was interrupted."""
         self._bar = self._closing.enter_context(
-            tqdm(total=self.total_steps, initial=self.global_step, disable=not self.is_main, mininterval=1, unit="step"))
+            tqdm(total=self.total_steps, initial=self.global_step, unit="step", mininterval=1,
+                 disable=not self.is_main))
         self._first_step, self._start_time = self.global_step, time.perf_counter()
         for epoch in range(self.epoch, self.num_epochs):
             self.epoch = epoch
@@ -186,7 +189,7 @@ class Run:
         self.accelerator.backward(loss)
 
     def step(self) -> None:
-        """After the last micro-step of a group: clip, optimise, zero, schedule, average; then log, save, stop when due."""
+        """After the last micro-step of a group: clip, optimise, zero, schedule, average; log, save, stop when due."""
         if self.accelerator.sync_gradients:
             self.accelerator.clip_grad_norm_(self._trained_parameters(), self.config.max_grad_norm)
         self.optimizer.step()
@@ -212,6 +215,7 @@ class Run:
             self._log()
             saving |= self._agree_to_stop()
         if saving:
+            self._require_finite_weights()
             self.save_checkpoint()
         if self._stop.received and saving and not last:
             raise self._stop.exception()
@@ -223,6 +227,13 @@ class Run:
         except RunFailed as error:
             raise RunFailed(f"{error}. {self.last_checkpoint_text()}") from None
         self._bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", refresh=False)
+
+    def _require_finite_weights(self) -> None:
+        """Raise RunFailed when a weight is not a number, which the loss of the same step cannot show yet."""
+        finite = torch.stack([parameter.isfinite().all() for parameter in self._trained_parameters()]).all()
+        if not finite:
+            raise RunFailed(f"weights are not finite after step {self.global_step}; lower --learning_rate, or take "
+                            f"--mixed_precision bf16 or no. {self.last_checkpoint_text()}")
 
     def _agree_to_stop(self) -> bool:
         """Return on every process whether any of them received a signal, and let all know which."""
@@ -242,7 +253,7 @@ class Run:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within the block the models hold their moving averages, if the run keeps any; afterwards the trained weights."""
+        """Within the block the models hold their moving averages, if the run keeps any; then their weights again."""
         for name, ema in self.emas.items():
             ema.store(self.models[name].parameters())
             ema.copy_to(self.models[name].parameters())
@@ -256,13 +267,15 @@ class Run:
         """Say how fast the run was, in a line: steps, time, pictures per second over all processes, peak memory."""
         seconds, steps = time.perf_counter() - self._start_time, self.global_step - self._first_step
         pictures = steps * self.config.train_batch_size * self.config.gradient_accumulation_steps * self.num_processes
-        memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if self.device.type == "cuda" else ""
-        return f"{steps} steps in {seconds:.0f} s, {pictures / seconds:.1f} images/s on {self.device.type}{memory}"
+        said = f"{steps} steps in {seconds:.0f} s, {pictures / seconds:.1f} images/s on {self.device.type}"
+        if self.device.type == "cuda":
+            said += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        return said
 
     # --- checkpoints ---
 
     def save_checkpoint(self) -> None:
-        """Write `checkpoint-STEP` with everything that a resumed run needs, all processes together, whole or not at all."""
+        """Write `checkpoint-STEP` with all that a resumed run needs, all processes together, whole or not at all."""
         path = self.output_dir / f"checkpoint-{self.global_step}"
         partial = on_main(self.accelerator, lambda: begin_folder(path))
         try:
@@ -282,10 +295,11 @@ class Run:
     def _progress(self) -> dict[str, Any]:
         return {"step": self.global_step, "total_steps": self.total_steps, "epoch": self.epoch, "batch": self.batch,
                 "steps_per_epoch": self.steps_per_epoch, "num_processes": self.num_processes, "data": self._data,
-                "config": public_fields(self.config), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+                "config": public_fields(self.config),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
     def _save_models(self, models: list, weights: list, folder: str) -> None:
-        """Accelerate's save hook: each model, and its average, in diffusers' own format instead of a bare state dict."""
+        """Accelerate's save hook: each model, and its average, in diffusers' own format, not as a bare state dict."""
         if self.is_main:
             for name, model in self.models.items():
                 model.save_pretrained(Path(folder) / name)

@@ -111,7 +111,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     angles = timesteps[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-# %% ../nbs/13_unet.ipynb #8528b77b
+# %% ../nbs/13_unet.ipynb #2caf3890
 def _load_config(name_or_path: str) -> dict:
     """The config behind a name in `UNETS`, a folder or config.json, a pipeline's folder, or a Hub id."""
     if name_or_path in UNETS:
@@ -121,7 +121,7 @@ def _load_config(name_or_path: str) -> dict:
     folder = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
     try:
         # A Hub id is owner/name. Anything else is not worth a request, and its errors would speak of repositories.
-        if folder.exists() != (folder / "config.json").is_file() or not (folder.exists() or name_or_path.count("/") == 1):
+        if not ((folder / "config.json").is_file() or (not folder.exists() and name_or_path.count("/") == 1)):
             raise FileNotFoundError(name_or_path)
         with warnings.catch_warnings(action="ignore"):  # diffusers calls the Hub's client with an outdated argument
             config = UNet2DModel.load_config(str(folder) if folder.exists() else name_or_path)

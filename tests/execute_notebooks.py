@@ -3,6 +3,7 @@
     python tests/execute_notebooks.py                       run all lessons, store their outputs
     python tests/execute_notebooks.py nbs/12_noise.ipynb    run one lesson, store its outputs
     python tests/execute_notebooks.py --check               run copies in a scratch folder, store nothing
+    python tests/execute_notebooks.py --slow nbs/index.ipynb   run its cells flagged slow as well
 
 Cells that carry `#| eval: false`, `#| slow` or `#| cuda` are passed over and keep the outputs they have: such outputs
 come from a machine where the cell did run. The closing `nbdev.nbdev_export()` cell is passed over as well, because a
@@ -30,7 +31,7 @@ NBS = ROOT / "nbs"
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of IPython's tracebacks
 PROGRESS_BAR = re.compile(r"\d+%\|.*\[|\d+(it|step|examples|s)?\s?\[\d+:\d+")
-SKIPPING_FLAGS = {"slow", "cuda"}
+SKIPPING_FLAGS = {"slow", "cuda"}  # --slow takes the first out
 BUDGET_SECONDS = 60
 HEAVY_PNG = 60_000  # characters of base64, about 45 kB
 # Stored outputs must not depend on who is online, on progress bars, or on a display.
@@ -183,7 +184,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="run copies; leave the notebooks as they are")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one notebook")
     parser.add_argument("--jobs", type=int, default=1, help="lessons at a time; they share the cores")
+    parser.add_argument("--slow", action="store_true", help="run the cells flagged slow as well")
     options = parser.parse_args()
+    if options.slow:
+        SKIPPING_FLAGS.discard("slow")
     os.environ.update(QUIET_OFFLINE)
     if options.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))

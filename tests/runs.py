@@ -1,4 +1,5 @@
 """Small real runs for the tests: the words of a command, the command as a process, and what a run leaves behind."""
+
 import os
 import subprocess
 import sys
@@ -8,15 +9,23 @@ import torch
 from safetensors.torch import load_file
 
 TINY = {
-    "image_size": 16, "model_config_name_or_path": "tiny-16", "num_train_images": 32, "train_batch_size": 4,
-    "eval_batch_size": 2, "num_inference_steps": 2, "report_to": "none", "lr_warmup_steps": 2, "learning_rate": 1e-3,
-}  # fmt: skip
+    "image_size": 16,
+    "model_config_name_or_path": "tiny-16",
+    "num_train_images": 32,
+    "train_batch_size": 4,
+    "eval_batch_size": 2,
+    "num_inference_steps": 2,
+    "report_to": "none",
+    "lr_warmup_steps": 2,
+    "learning_rate": 1e-3,
+}
 
 
 def words(output_dir: Path | str, **fields) -> list[str]:
     """The words of a tiny run; a field given here goes over `TINY`, and True stands for a bare flag."""
     chosen = TINY | {"output_dir": str(output_dir)} | fields
-    return [word for name, value in chosen.items() for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    flags = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in chosen.items()]
+    return [word for flag in flags for word in flag]
 
 
 def command(*arguments: str) -> list[str]:
@@ -26,8 +35,9 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
     """Run the command to its end."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | environment)  # fmt: skip
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=timeout, env=os.environ | environment
+    )
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:

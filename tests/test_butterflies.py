@@ -1,4 +1,5 @@
 """train-butterflies, from its words to what it leaves behind."""
+
 import json
 import os
 import shutil
@@ -27,15 +28,38 @@ from diffusion_lessons.unet import make_unet
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "butterflies"
-    assert main(words(folder, num_epochs=3, save_image_epochs=2, checkpointing_steps=10, use_ema=True, eval_batch_size=4,
-                      report_to="tensorboard", hub_token="hf_secret_token")) == 0  # fmt: skip
+    assert (
+        main(
+            words(
+                folder,
+                num_epochs=3,
+                save_image_epochs=2,
+                checkpointing_steps=10,
+                use_ema=True,
+                eval_batch_size=4,
+                report_to="tensorboard",
+                hub_token="hf_secret_token",
+            )
+        )
+        == 0
+    )
     return folder
 
 
 def test_what_a_run_leaves_behind(finished):
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    assert names == {"samples", "logs", "checkpoint-10", "checkpoint-20", "checkpoint-24", "model_index.json", "unet",
-                     "scheduler", "training_config.json", "README.md"}  # fmt: skip
+    assert names == {
+        "samples",
+        "logs",
+        "checkpoint-10",
+        "checkpoint-20",
+        "checkpoint-24",
+        "model_index.json",
+        "unet",
+        "scheduler",
+        "training_config.json",
+        "README.md",
+    }
     assert sorted(path.name for path in (finished / "samples").iterdir()) == ["0001.png", "0002.png"]
     assert Image.open(finished / "samples" / "0002.png").size == (32, 32), "a grid of 2 x 2 pictures of 16 px"
     assert "samples/0002.png" in (finished / "README.md").read_text()
@@ -49,9 +73,11 @@ def test_no_token_in_anything_that_was_written(finished):
 
 
 def test_plain_diffusers_samples_from_the_folder_without_our_package(finished):
-    code = (f"from diffusers import DDPMPipeline; pipeline = DDPMPipeline.from_pretrained({str(finished)!r});"
-            "import sys; image = pipeline(num_inference_steps=3).images[0];"
-            "print(image.size, any('diffusion_lessons' in name for name in sys.modules))")  # fmt: skip
+    code = (
+        f"from diffusers import DDPMPipeline; pipeline = DDPMPipeline.from_pretrained({str(finished)!r});"
+        "import sys; image = pipeline(num_inference_steps=3).images[0]; print(image.size,"
+        "any(name.split('.')[0] == 'diffusion_lessons' for name in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=finished)
     assert done.stdout.strip() == "(16, 16) False", done.stderr
 
@@ -83,7 +109,8 @@ def test_the_same_words_give_the_same_weights(finished, tmp_path):
     assert main(words(tmp_path / "again", num_epochs=3, save_image_epochs=1, use_ema=True, eval_batch_size=8)) == 0
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (finished / weights).read_bytes(), (
-        "sampling, checkpoints and trackers must not touch the run's randomness")  # fmt: skip
+        "sampling, checkpoints and trackers must not touch the run's randomness"
+    )
 
 
 def test_accumulation_ends_the_cosine_at_zero(tmp_path, monkeypatch):
@@ -95,12 +122,22 @@ def test_accumulation_ends_the_cosine_at_zero(tmp_path, monkeypatch):
     assert rates[-1] < 1e-12 and max(rates) == pytest.approx(1e-3)
 
 
-# --- the tutorial's own calls -----------------------------------------------------------------------------------------
+# --- the tutorial's own calls ---
 
 
 def tutorial_parts(folder: Path, **fields):
-    config = TrainingConfig(output_dir=str(folder), image_size=16, num_epochs=2, train_batch_size=8, eval_batch_size=2,
-                            num_inference_steps=2, report_to="none", lr_warmup_steps=2, save_image_epochs=1, **fields)  # fmt: skip
+    config = TrainingConfig(
+        output_dir=str(folder),
+        image_size=16,
+        num_epochs=2,
+        train_batch_size=8,
+        eval_batch_size=2,
+        num_inference_steps=2,
+        report_to="none",
+        lr_warmup_steps=2,
+        save_image_epochs=1,
+        **fields,
+    )
     model, scheduler = make_unet("tiny-16", 16, seed=0), make_noise_scheduler()
     loader = make_dataloader(load_images(image_size=16, num_images=32), 8)
     return config, model, scheduler, torch.optim.AdamW(model.parameters(), lr=1e-3), loader
@@ -139,23 +176,44 @@ def test_float_batches_of_the_tutorials_transforms_are_not_flipped_again(tmp_pat
     assert torch.equal(butterflies.prepare_batch(pictures, config, Still()), pictures)
     pixels = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
     flipped = butterflies.prepare_batch(pixels, config, Still())
-    same = sum(torch.equal(a, b.float() / 127.5 - 1) or torch.allclose(a, b.float() / 127.5 - 1, atol=1e-6)
-               for a, b in zip(flipped, pixels, strict=True))  # fmt: skip
+    same = sum(
+        torch.equal(a, b.float() / 127.5 - 1) or torch.allclose(a, b.float() / 127.5 - 1, atol=1e-6)
+        for a, b in zip(flipped, pixels, strict=True)
+    )
     assert 16 < same < 48
 
 
-@pytest.mark.parametrize("fields", [{"sampler": "ddpm", "num_inference_steps": 5, "ddpm_num_steps": 50},
-                                    {"prediction_type": "v_prediction", "snr_gamma": 5.0}, {"prediction_type": "sample"},
-                                    {"mixed_precision": "bf16"}, {"scale_lr": True}, {"lr_scheduler": "linear"},
-                                    {"dataloader_num_workers": 1}, {"resize": "pad"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sampler": "ddpm", "num_inference_steps": 5, "ddpm_num_steps": 50},
+        {"prediction_type": "v_prediction", "snr_gamma": 5.0},
+        {"prediction_type": "sample"},
+        {"mixed_precision": "bf16"},
+        {"scale_lr": True},
+        {"lr_scheduler": "linear"},
+        {"dataloader_num_workers": 1},
+        {"resize": "pad"},
+    ],
+)
 def test_choices_train(tmp_path, fields):
     assert main(words(tmp_path / "run", **({"max_train_steps": 3} | fields))) == 0
     assert (tmp_path / "run" / "model_index.json").is_file()
 
 
 def test_fine_tuning_starts_from_the_weights_and_the_schedule_of_a_pipeline(finished, tmp_path):
-    assert main(words(tmp_path / "run", max_train_steps=1, learning_rate=1e-9, lr_warmup_steps=0,
-                      pretrained_model_name_or_path=finished)) == 0  # fmt: skip
+    assert (
+        main(
+            words(
+                tmp_path / "run",
+                max_train_steps=1,
+                learning_rate=1e-9,
+                lr_warmup_steps=0,
+                pretrained_model_name_or_path=finished,
+            )
+        )
+        == 0
+    )
     before = DDPMPipeline.from_pretrained(finished).unet.state_dict()
     after = DDPMPipeline.from_pretrained(tmp_path / "run").unet.state_dict()
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
@@ -170,12 +228,22 @@ def test_dry_run_says_steps_memory_and_time_and_writes_nothing(tmp_path, capsys)
 
 
 def test_photographs_train(shared_data, tmp_path):
-    assert main(words(tmp_path / "run", dataset_name="imagefolder", train_data_dir=shared_data / "butterflies", resize="pad",
-                      max_train_steps=3)) == 0  # fmt: skip
+    assert (
+        main(
+            words(
+                tmp_path / "run",
+                dataset_name="imagefolder",
+                train_data_dir=shared_data / "butterflies",
+                resize="pad",
+                max_train_steps=3,
+            )
+        )
+        == 0
+    )
     assert (tmp_path / "run" / "samples").is_dir()
 
 
-# --- bad input: one line, exit code 2, nothing written or lost ---------------------------------------------------------
+# --- bad input: one line, exit code 2, nothing written or lost ---
 
 
 def refused(capsys, tmp_path: Path, *named: str, **fields) -> str:
@@ -213,19 +281,33 @@ def test_sizes_and_batches_that_do_not_fit(tmp_path, capsys):
 
 
 def test_a_hub_id_while_offline(tmp_path, capsys):
-    refused(capsys, tmp_path, "--dataset_name huggan/smithsonian_butterflies_subset",
-            dataset_name="huggan/smithsonian_butterflies_subset")  # fmt: skip
-    refused(capsys, tmp_path, "--pretrained_model_name_or_path google/ddpm-cat-256",
-            pretrained_model_name_or_path="google/ddpm-cat-256")  # fmt: skip
-    refused(capsys, tmp_path, "--model_config_name_or_path google/ddpm-cat-256",
-            model_config_name_or_path="google/ddpm-cat-256")  # fmt: skip
+    refused(
+        capsys,
+        tmp_path,
+        "--dataset_name huggan/smithsonian_butterflies_subset",
+        dataset_name="huggan/smithsonian_butterflies_subset",
+    )
+    refused(
+        capsys,
+        tmp_path,
+        "--pretrained_model_name_or_path google/ddpm-cat-256",
+        pretrained_model_name_or_path="google/ddpm-cat-256",
+    )
+    refused(
+        capsys,
+        tmp_path,
+        "--model_config_name_or_path google/ddpm-cat-256",
+        model_config_name_or_path="google/ddpm-cat-256",
+    )
 
 
 def test_trackers_and_optimizers_that_are_not_installed(tmp_path, capsys, monkeypatch):
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest)
+    )
     refused(capsys, tmp_path, "--report_to wandb", "pip install", report_to="wandb")
     if found("bitsandbytes") is None:
         refused(capsys, tmp_path, "--use_8bit_adam", "pip install", use_8bit_adam=True)
@@ -268,7 +350,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     assert main(words(tmp_path / "out", max_train_steps=1)) == 0
 
 
-# --- runs that go wrong ------------------------------------------------------------------------------------------------
+# --- runs that go wrong ---
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_named(tmp_path, capsys, monkeypatch):
@@ -304,12 +386,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
     """On a real file system of 3 MB, where the second checkpoint does not fit."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("making a small file system needs root")
     try:
-        done = run(*words(disk / "run", max_train_steps=60, checkpointing_steps=10, checkpoints_total_limit=5, use_ema=True))
+        done = run(
+            *words(disk / "run", max_train_steps=60, checkpointing_steps=10, checkpoints_total_limit=5, use_ema=True)
+        )
         assert done.returncode == 1, done.stdout
-        assert "could not be written" in done.stderr and "free some space" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            "could not be written" in done.stderr
+            and "free some space" in done.stderr
+            and "Traceback" not in done.stderr
+        )
         left = list_checkpoints(disk / "run")
         assert left and all(each.fault(thorough=True) is None for each in left)
         assert f"Last good checkpoint: {left[-1].path.name}" in done.stderr

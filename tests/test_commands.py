@@ -1,4 +1,5 @@
 """How commands start and end."""
+
 import os
 import signal
 import subprocess
@@ -16,12 +17,23 @@ from diffusion_lessons.config import InputError
 def raising(error):
     def function(*_):
         raise error
+
     return function
 
 
-@pytest.mark.parametrize("error, code", [(InputError("--x 1: no"), 2), (RunFailed("disk"), 1), (ValueError("v"), 1),
-                                         (Interrupted(), 130), (KeyboardInterrupt(), 130), (Terminated(), 143),
-                                         (SystemExit(0), 0), (SystemExit(3), 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (InputError("--x 1: no"), 2),
+        (RunFailed("disk"), 1),
+        (ValueError("v"), 1),
+        (Interrupted(), 130),
+        (KeyboardInterrupt(), 130),
+        (Terminated(), 143),
+        (SystemExit(0), 0),
+        (SystemExit(3), 3),
+    ],
+)
 def test_exit_codes(error, code, capsys, tmp_path):
     assert run_command("demo", raising(error), lambda: tmp_path) == code
     assert capsys.readouterr().err.count("\n") == (1 if code in (1, 2) else 0)
@@ -65,14 +77,27 @@ def test_an_unforeseen_failure_in_a_child_names_its_log():
         launch(raising(ZeroDivisionError("oh")), num_processes=2)
 
 
-@pytest.mark.parametrize("number, code, processes", [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 1),
-                                                     (signal.SIGTERM, 143, 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, code, processes", [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 2)]
+)
 def test_an_interrupted_run_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number, code, processes):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command(*words(folder, max_train_steps=100000, checkpointing_steps=30, checkpoints_total_limit=2,
-                       save_image_epochs=100000, save_model_epochs=100000, num_processes=processes)),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        command(
+            *words(
+                folder,
+                max_train_steps=100000,
+                checkpointing_steps=30,
+                checkpoints_total_limit=2,
+                save_image_epochs=100000,
+                save_model_epochs=100000,
+                num_processes=processes,
+            )
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     end = time.monotonic() + 120
     while not list_checkpoints(folder) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
@@ -83,11 +108,23 @@ def test_an_interrupted_run_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, 
     last = list_checkpoints(folder)[-1]
     assert last.fault(thorough=True) is None and f"stopped after step {last.step}" in said
     if processes == 1:
-        resumed = subprocess.run(command("--config", str(folder / "training_config.json"), "--resume_from_checkpoint", "latest",
-                                         "--max_train_steps", str(last.step + 2)), capture_output=True, text=True)  # fmt: skip
+        resumed = subprocess.run(
+            command(
+                "--config",
+                str(folder / "training_config.json"),
+                "--resume_from_checkpoint",
+                "latest",
+                "--max_train_steps",
+                str(last.step + 2),
+            ),
+            capture_output=True,
+            text=True,
+        )
         assert resumed.returncode == 0 and f"resuming {last.path.name}" in resumed.stdout, resumed.stderr
 
 
 def test_help_is_quick_to_answer_and_exits_with_0():
-    done = subprocess.run([sys.executable, "-m", "diffusion_lessons.butterflies", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusion_lessons.butterflies", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--preset" in done.stdout

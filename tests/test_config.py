@@ -1,4 +1,5 @@
 """One dataclass, three views: notebook, command line, file."""
+
 import re
 import subprocess
 import sys
@@ -26,25 +27,52 @@ def parse(*arguments: str) -> TrainingConfig:
 def test_the_defaults_are_the_tutorials():
     config = TrainingConfig()
     expected = dict(
-        image_size=128, train_batch_size=16, eval_batch_size=16, num_epochs=50, gradient_accumulation_steps=1,
-        learning_rate=1e-4, lr_warmup_steps=500, save_image_epochs=10, save_model_epochs=30, seed=0, push_to_hub=False,
-        hub_private_repo=False, overwrite_output_dir=True, mixed_precision=None, dataset_name="meadow",
-        prediction_type="epsilon", ddpm_num_steps=1000, ddpm_beta_schedule="linear", model_config_name_or_path="tutorial-128",
-        adam_weight_decay=1e-2, adam_beta1=0.9, max_grad_norm=1.0, lr_scheduler="cosine", use_ema=False,
-    )  # fmt: skip
+        image_size=128,
+        train_batch_size=16,
+        eval_batch_size=16,
+        num_epochs=50,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-4,
+        lr_warmup_steps=500,
+        save_image_epochs=10,
+        save_model_epochs=30,
+        seed=0,
+        push_to_hub=False,
+        hub_private_repo=False,
+        overwrite_output_dir=True,
+        mixed_precision=None,
+        dataset_name="meadow",
+        prediction_type="epsilon",
+        ddpm_num_steps=1000,
+        ddpm_beta_schedule="linear",
+        model_config_name_or_path="tutorial-128",
+        adam_weight_decay=1e-2,
+        adam_beta1=0.9,
+        max_grad_norm=1.0,
+        lr_scheduler="cosine",
+        use_ema=False,
+    )
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_every_flag_of_the_reference_script_is_understood(shared_data):
+def test_every_flag_of_the_reference_script_is_understood(shared_data, monkeypatch):
     """Walks the table of train_unconditional.py: each flag parses, and sets the field of that name or of its alias."""
     text = (shared_data.parent / "reference" / "reference_flags.md").read_text()
     table = text.split("train_unconditional.py (45 flags)")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `--(\w+)` \| (\w+) \| `(.*?)` \|", table, flags=re.MULTILINE)
     assert len(rows) == 45
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # offline, --push_to_hub is refused
     aliases = {alias.lstrip("-"): each.name for each in fields(TrainingConfig) for alias in each.metadata["aliases"]}
     samples = {"int": "7", "float": "0.25", "str": "text"}
-    special = {"mixed_precision": "bf16", "prediction_type": "sample", "logger": "wandb", "lr_scheduler": "linear",
-               "ddpm_beta_schedule": "scaled_linear", "resolution": "32", "ema_max_decay": "0.5"}  # fmt: skip
+    special = {
+        "mixed_precision": "bf16",
+        "prediction_type": "sample",
+        "logger": "wandb",
+        "lr_scheduler": "linear",
+        "ddpm_beta_schedule": "scaled_linear",
+        "resolution": "32",
+        "ema_max_decay": "0.5",
+    }
     for flag, kind, _ in rows:
         name = aliases.get(flag, flag)
         if flag == "preserve_input_precision":
@@ -78,22 +106,25 @@ def test_saved_configs_come_back_equal_and_without_the_token(tmp_path):
     assert parse("--config", str(tmp_path / "training_config.json")) == config
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--lerning_rate", "1"], ["--lerning_rate", "unknown flag", "--learning_rate"]),
-    (["--image_size", "big"], ["--image_size", "big"]),
-    (["--image_size", "0"], ["--image_size 0", "1 or more"]),
-    (["--image_size"], ["--image_size", "expected"]),
-    (["--preset", "slow"], ["--preset slow", "quick"]),
-    (["--train_batch_size", "-1"], ["--train_batch_size -1"]),
-    (["--learning_rate", "0"], ["--learning_rate 0", "above 0"]),
-    (["--lr_scheduler", "cosin"], ["--lr_scheduler", "cosin", "cosine"]),
-    (["--dataset_name", "imagefolder"], ["--dataset_name imagefolder", "--train_data_dir"]),
-    (["--num_inference_steps", "2000"], ["--num_inference_steps 2000", "1000"]),
-    (["--num_processes", "0"], ["--num_processes 0"]),
-    (["--config", "nowhere.yaml"], ["--config nowhere.yaml", "cannot be read"]),
-    (["--image", "64"], ["--image", "unknown flag"]),
-    (["stray"], ["stray"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--lerning_rate", "1"], ["--lerning_rate", "unknown flag", "--learning_rate"]),
+        (["--image_size", "big"], ["--image_size", "big"]),
+        (["--image_size", "0"], ["--image_size 0", "1 or more"]),
+        (["--image_size"], ["--image_size", "expected"]),
+        (["--preset", "slow"], ["--preset slow", "quick"]),
+        (["--train_batch_size", "-1"], ["--train_batch_size -1"]),
+        (["--learning_rate", "0"], ["--learning_rate 0", "above 0"]),
+        (["--lr_scheduler", "cosin"], ["--lr_scheduler", "cosin", "cosine"]),
+        (["--dataset_name", "imagefolder"], ["--dataset_name imagefolder", "--train_data_dir"]),
+        (["--num_inference_steps", "2000"], ["--num_inference_steps 2000", "1000"]),
+        (["--num_processes", "0"], ["--num_processes 0"]),
+        (["--config", "nowhere.yaml"], ["--config nowhere.yaml", "cannot be read"]),
+        (["--image", "64"], ["--image", "unknown flag"]),
+        (["stray"], ["stray"]),
+    ],
+)
 def test_bad_arguments_are_one_line_that_names_the_flag(arguments, words):
     with pytest.raises(InputError) as caught:
         parse(*arguments)
@@ -102,13 +133,16 @@ def test_bad_arguments_are_one_line_that_names_the_flag(arguments, words):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("content, words", [
-    ("lerning_rate: 1", ["unknown field 'lerning_rate'", "learning_rate"]),
-    ("seed: [1", ["not valid YAML", "line"]),
-    ("- 1\n- 2", ["field: value"]),
-    ("seed: soon", ["--seed", "soon"]),
-    ("\x00", ["not valid YAML"]),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("lerning_rate: 1", ["unknown field 'lerning_rate'", "learning_rate"]),
+        ("seed: [1", ["not valid YAML", "line"]),
+        ("- 1\n- 2", ["field: value"]),
+        ("seed: soon", ["--seed", "soon"]),
+        ("\x00", ["not valid YAML"]),
+    ],
+)
 def test_a_bad_config_file_is_named_with_its_fault(tmp_path, content, words):
     file = tmp_path / "run.yaml"
     file.write_text(content)
@@ -125,7 +159,10 @@ def test_yaml_spellings_that_surprise_are_read_as_meant(tmp_path):
 
 
 def test_the_help_lists_every_field_with_its_default():
-    code = ("from diffusion_lessons.config import *; parse_command_line(['--help'], TrainingConfig, PRESETS, 'train-butterflies')")
+    code = (
+        "from diffusion_lessons.config import *;"
+        "parse_command_line(['--help'], TrainingConfig, PRESETS, 'train-butterflies')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     for each in (*fields(TrainingConfig), *fields(LaunchOptions)):
@@ -134,8 +171,11 @@ def test_the_help_lists_every_field_with_its_default():
 
 
 def test_parsing_does_not_import_torch():
-    code = ("import sys; from diffusion_lessons.config import *;"
-            "parse_command_line(['--preset', 'quick'], TrainingConfig, PRESETS, 'x'); print('torch' in sys.modules)")  # fmt: skip
+    code = (
+        "import sys; from diffusion_lessons.config import *;"
+        "parse_command_line(['--preset', 'quick'], TrainingConfig, PRESETS, 'x');"
+        "print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

@@ -1,4 +1,5 @@
 """Two real CPU processes, through notebook_launcher and torchrun: one run, two sources of noise."""
+
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from runs import words
 
 from diffusion_lessons.commands import free_port
 
-PROBE = '''
+PROBE = """
 import json, sys
 from pathlib import Path
 import torch
@@ -48,7 +49,7 @@ def noted_run(*args, **kwargs):
         yield run
 butterflies.start_run = noted_run
 raise SystemExit(butterflies.main())
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,9 @@ def probe(tmp_path_factory) -> Path:
 
 
 def start(launcher: list[str], probe: Path, folder: Path, **fields) -> tuple[list[dict], subprocess.CompletedProcess]:
-    settings = dict(max_train_steps=12, checkpointing_steps=6, gradient_accumulation_steps=2, num_train_images=33) | fields
-    done = subprocess.run([*launcher, str(probe), *words(folder, **settings)], capture_output=True, text=True, timeout=240,
-                          env=os.environ)  # fmt: skip
+    settings = dict(max_train_steps=12, checkpointing_steps=6, gradient_accumulation_steps=2, num_train_images=33)
+    arguments = [*launcher, str(probe), *words(folder, **(settings | fields))]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=os.environ)
     notes = sorted(folder.parent.glob(f"{folder.name}-rank-*.json"))
     return [json.loads(path.read_text()) for path in notes], done
 
@@ -92,26 +93,42 @@ def test_two_processes_follow_the_schedule_of_one_with_noise_of_their_own(name, 
     assert sum(a == b for a, b in pairs) == 0, "no batch got the same timesteps on both"
     assert not set(first["noise"]) & set(second["noise"])
     left = sorted(path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("."))
-    assert left == ["README.md", "checkpoint-12", "checkpoint-6", "model_index.json", "samples", "scheduler",
-                    "training_config.json", "unet"]  # fmt: skip
+    assert left == [
+        "README.md",
+        "checkpoint-12",
+        "checkpoint-6",
+        "model_index.json",
+        "samples",
+        "scheduler",
+        "training_config.json",
+        "unet",
+    ]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoint-12").glob("generator_*")) == [
-        "generator_0.safetensors", "generator_1.safetensors"]  # fmt: skip
+        "generator_0.safetensors",
+        "generator_1.safetensors",
+    ]
 
 
 def test_two_processes_resume_exactly(probe, tmp_path):
     fields = dict(num_processes=2, use_ema=True)
     whole, done = start(launcher("notebook_launcher"), probe, tmp_path / "whole", **fields)
     assert done.returncode == 0, done.stderr
-    resumed, done = start(launcher("notebook_launcher"), probe, tmp_path / "resumed", **fields,
-                          resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))  # fmt: skip
+    resumed, done = start(
+        launcher("notebook_launcher"),
+        probe,
+        tmp_path / "resumed",
+        **fields,
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"),
+    )
     assert done.returncode == 0, done.stderr
     assert [each["num_processes"] for each in resumed] == [2, 2]
     assert [each["weights"] for each in resumed] == [each["weights"][6:] for each in whole]
 
 
 def test_bad_input_in_two_processes_is_one_line_and_exit_code_2(probe, tmp_path):
-    _, done = start(launcher("notebook_launcher"), probe, tmp_path / "run", num_processes=2,
-                    resume_from_checkpoint="checkpoint-3")  # fmt: skip
+    _, done = start(
+        launcher("notebook_launcher"), probe, tmp_path / "run", num_processes=2, resume_from_checkpoint="checkpoint-3"
+    )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("train-butterflies: --resume_from_checkpoint checkpoint-3")
     assert "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
 """A run that is killed and resumed ends as one that never stopped: equal, not close."""
+
 import random
 import shutil
 import signal
@@ -18,8 +19,14 @@ from diffusion_lessons.noise import make_noise_scheduler
 from diffusion_lessons.unet import make_unet
 
 STEPS = 400
-KILLED = dict(max_train_steps=STEPS, checkpointing_steps=7, checkpoints_total_limit=2, use_ema=True,
-              gradient_accumulation_steps=2, save_image_epochs=50)  # fmt: skip
+KILLED = dict(
+    max_train_steps=STEPS,
+    checkpointing_steps=7,
+    checkpoints_total_limit=2,
+    use_ema=True,
+    gradient_accumulation_steps=2,
+    save_image_epochs=50,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +52,11 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> bo
 def kill_once(folder: Path, inside_a_save: bool, pause: float) -> tuple[bool, bool]:
     """Start or resume the run and SIGKILL it after its next checkpoint; whether it was killed, and within a save."""
     before = max((each.step for each in list_checkpoints(folder)), default=0)
-    process = subprocess.Popen(command(*words(folder, **KILLED), "--resume_from_checkpoint", "latest"),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        command(*words(folder, **KILLED), "--resume_from_checkpoint", "latest"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
     def partial() -> bool:
         return any(folder.glob(".checkpoint-*.partial/*"))
@@ -112,10 +122,20 @@ def test_learning_rate_and_steps_may_change_and_it_says_so(short_run, tmp_path, 
 
 
 def test_the_schedule_after_a_changed_resume_is_that_of_the_new_config(short_run, tmp_path):
-    config = TrainingConfig(output_dir=str(copied(short_run, tmp_path)), image_size=16, max_train_steps=30,
-                            model_config_name_or_path="tiny-16", num_train_images=32, train_batch_size=4,
-                            eval_batch_size=2, num_inference_steps=2, report_to="none", lr_warmup_steps=2,
-                            learning_rate=5e-4, resume_from_checkpoint="checkpoint-10")  # fmt: skip
+    config = TrainingConfig(
+        output_dir=str(copied(short_run, tmp_path)),
+        image_size=16,
+        max_train_steps=30,
+        model_config_name_or_path="tiny-16",
+        num_train_images=32,
+        train_batch_size=4,
+        eval_batch_size=2,
+        num_inference_steps=2,
+        report_to="none",
+        lr_warmup_steps=2,
+        learning_rate=5e-4,
+        resume_from_checkpoint="checkpoint-10",
+    )
     rates = []
     model = make_unet("tiny-16", 16, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
@@ -128,8 +148,9 @@ def test_the_schedule_after_a_changed_resume_is_that_of_the_new_config(short_run
     assert rates == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"prediction_type": "sample"}, {"train_batch_size": 8},
-                                    {"num_train_images": 40}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [{"seed": 5}, {"prediction_type": "sample"}, {"train_batch_size": 8}, {"num_train_images": 40}]
+)
 def test_what_makes_it_another_run_is_refused_unless_forced(short_run, tmp_path, capsys, change):
     folder = copied(short_run, tmp_path)
     fields = {"max_train_steps": 22, "resume_from_checkpoint": "latest"} | change
@@ -142,8 +163,19 @@ def test_what_makes_it_another_run_is_refused_unless_forced(short_run, tmp_path,
 
 def test_another_model_shape_cannot_be_forced_into_the_weights(short_run, tmp_path, capsys):
     folder = copied(short_run, tmp_path)
-    assert main(words(folder, max_train_steps=22, resume_from_checkpoint="latest", force_resume=True,
-                      model_config_name_or_path="quick-64", image_size=16)) == 2  # fmt: skip
+    assert (
+        main(
+            words(
+                folder,
+                max_train_steps=22,
+                resume_from_checkpoint="latest",
+                force_resume=True,
+                model_config_name_or_path="quick-64",
+                image_size=16,
+            )
+        )
+        == 2
+    )
     assert "another shape" in capsys.readouterr().err
 
 
@@ -186,8 +218,14 @@ def test_random_transforms_of_a_users_own_loader_are_resumed_exactly(tmp_path):
 
     from diffusion_lessons import meadow
 
-    turn = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ColorJitter(brightness=0.5),
-                               transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])  # fmt: skip
+    turn = transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(brightness=0.5),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
 
     def train(folder: str, stop_at: int | None = None, **fields) -> torch.nn.Module:
         dataset = meadow.specimens(20, size=16)
@@ -195,15 +233,26 @@ def test_random_transforms_of_a_users_own_loader_are_resumed_exactly(tmp_path):
         model = make_unet("tiny-16", 16, seed=0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         if stop_at:
+
             def stop(optimizer, *_):
                 stop.calls += 1
                 if stop.calls == stop_at:
                     raise RunFailed("pulled the plug")
+
             stop.calls = 0
             optimizer.register_step_pre_hook(stop)
-        config = TrainingConfig(output_dir=str(tmp_path / folder), image_size=16, train_batch_size=4, eval_batch_size=1,
-                                num_inference_steps=2, report_to="none", max_train_steps=12, checkpointing_steps=4,
-                                lr_warmup_steps=0, **fields)  # fmt: skip
+        config = TrainingConfig(
+            output_dir=str(tmp_path / folder),
+            image_size=16,
+            train_batch_size=4,
+            eval_batch_size=1,
+            num_inference_steps=2,
+            report_to="none",
+            max_train_steps=12,
+            checkpointing_steps=4,
+            lr_warmup_steps=0,
+            **fields,
+        )
         loader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True)
         train_loop(config, model, make_noise_scheduler(), optimizer, loader)
         return model
