@@ -6,7 +6,7 @@
 __all__ = ['grid_shape', 'evaluate', 'train_loop', 'prepare_batch', 'look_and_save', 'publish', 'build_model', 'load_pipeline',
            'load_data', 'train', 'measure_micro_step', 'dry_run', 'check_before_work', 'run_butterflies', 'main']
 
-# %% ../nbs/22_butterflies.ipynb #8c53a9f0
+# %% ../nbs/22_butterflies.ipynb #e1ada193
 import math
 import sys
 import time
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from .checkpoints import check_output_dir
 from .commands import launch, one_line, run_command
 from .config import PRESETS, InputError, LaunchOptions, TrainingConfig, parse_command_line, require
+from .devices import choose_precision
 from .figures import make_grid
 from .images import ImageSet, load_images, make_dataloader, random_flip, to_model_range
 from .noise import denoising_loss, make_noise_scheduler, noise_batch
@@ -169,16 +170,19 @@ def train(config: TrainingConfig, images: ImageSet) -> None:
     loader = make_dataloader(images, config.train_batch_size, num_workers=config.dataloader_num_workers)
     train_loop(config, model, noise_scheduler, make_optimizer(model.parameters(), config), loader)
 
-# %% ../nbs/22_butterflies.ipynb #b1d3dd66
+# %% ../nbs/22_butterflies.ipynb #b52a4c61
 def measure_micro_step(config: TrainingConfig, images: ImageSet, repeats: int = 5) -> tuple[float, float, int]:
     """Take real micro-steps on the real device; return seconds of one, GiB needed, and the number of parameters."""
     device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(choose_precision(config.mixed_precision, device.type))
     model, noise_scheduler = build_model(config)
     optimizer, generator = make_optimizer(model.to(device).parameters(), config), torch.Generator(device).manual_seed(0)
     batch = images.__getitems__([index % len(images) for index in range(config.train_batch_size)])["images"]
     for step in range(repeats + 1):
         noised = noise_batch(to_model_range(batch, device), noise_scheduler, generator)
-        loss = denoising_loss(model(noised.noisy_images, noised.timesteps, return_dict=False)[0], noised.target)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            prediction = model(noised.noisy_images, noised.timesteps, return_dict=False)[0]
+        loss = denoising_loss(prediction.float(), noised.target)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

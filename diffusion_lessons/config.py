@@ -209,14 +209,14 @@ class TrainingConfig(RunConfig):
             self.num_inference_steps = {"ddpm": self.ddpm_num_steps, "ddim": min(50, self.ddpm_num_steps)}.get(
                 self.sampler, min(25, self.ddpm_num_steps))
 
-# %% ../nbs/01_config.ipynb #74a50615
+# %% ../nbs/01_config.ipynb #32c3cbd5
 PRESETS: dict[str, dict[str, Any]] = {
     "tutorial": {},
     "quick": {
         "output_dir": "outputs/butterflies", "image_size": 64, "model_config_name_or_path": "quick-64",
-        "resize": "pad", "train_batch_size": 4, "max_train_steps": 2300, "learning_rate": 2e-3, "lr_warmup_steps": 50,
+        "resize": "pad", "train_batch_size": 4, "max_train_steps": 2800, "learning_rate": 2e-3, "lr_warmup_steps": 50,
         "min_lr_rate": 0.05, "prediction_type": "v_prediction", "ddpm_beta_schedule": "squaredcos_cap_v2",
-        "use_ema": True, "ema_max_decay": 0.99, "save_image_epochs": 3, "sampler": "ddim", "num_inference_steps": 40,
+        "use_ema": True, "ema_max_decay": 0.99, "save_image_epochs": 6, "sampler": "ddpm", "num_inference_steps": 60,
         "checkpointing_steps": 500, "checkpoints_total_limit": 2,
     },
 }

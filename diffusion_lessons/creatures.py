@@ -7,7 +7,8 @@ __all__ = ['FOREWINGS', 'HINDWINGS', 'MARGINS', 'PATTERNS', 'PARTNERS', 'Wing', 
            'wing_marks', 'small_marks', 'body_shapes', 'butterfly_shapes', 'random_look', 'beetle_shapes',
            'fish_shapes', 'flower_shapes']
 
-# %% ../nbs/09_creatures.ipynb #bf34590b
+# %% ../nbs/09_creatures.ipynb #9bebdd88
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -181,7 +182,7 @@ def butterfly_shapes(look: Look, left: float = 1.0, right: float = 1.0) -> list[
     far = [(points, mix(fill, INK, .3)) for points, fill in pair] if left < 0 else pair
     return stretched(far, -left) + stretched(pair, right) + body_shapes(mix(INK, look.border, .4))
 
-# %% ../nbs/09_creatures.ipynb #3614f827
+# %% ../nbs/09_creatures.ipynb #9b4d343c
 # Colours that sit well beside each one, for hindwings, bands and the rings of eyespots.
 PARTNERS = {
     "red": ("black", "yellow", "white", "orange"), "orange": ("yellow", "white", "brown", "red"),
@@ -192,8 +193,12 @@ PARTNERS = {
 }
 
 
-def random_look(colour: str, rng: np.random.Generator, two_tone: float = 0.0, spread: int = 12) -> Look:
-    """A natural butterfly of the named colour; `two_tone` is the chance of hindwings in another colour."""
+def random_look(colour: str, rng: np.random.Generator, two_tone: float = 0.0, spread: int = 12,
+                chances: Sequence[float] | None = None) -> Look:
+    """A natural butterfly of the named colour; `two_tone` is the chance of hindwings in another colour.
+
+    chances: of the patterns, in the order of `PATTERNS`; all the same by default.
+    """
     base, border = tinted(colour, rng, spread), tinted("black", rng)
     if colour in ("brown", "orange", "white") and rng.random() < .4:
         border = mix(tinted("brown", rng), INK, .3)
@@ -201,7 +206,8 @@ def random_look(colour: str, rng: np.random.Generator, two_tone: float = 0.0, sp
     paler = rng.uniform(0, .1 if colour == "black" else .2)  # a black that is mixed with more cream is a brown
     hind = mix(base, partner, .8) if rng.random() < two_tone else mix(base, CREAM, paler)
     band = accent if two_tone else mix(base, INK if colour == "white" else CREAM, .75)
-    name, forewing, hindwing = (str(rng.choice(list(table))) for table in (PATTERNS, FOREWINGS, HINDWINGS))
+    name = str(rng.choice(list(PATTERNS), p=chances))
+    forewing, hindwing = (str(rng.choice(list(table))) for table in (FOREWINGS, HINDWINGS))
     if hindwing == "tailed" and PATTERNS[name].fringe:  # a fringe round a tail looks frayed
         hindwing = "angled"
     if name == "swallowtail":
