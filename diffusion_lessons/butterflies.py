@@ -170,7 +170,7 @@ def train(config: TrainingConfig, images: ImageSet) -> None:
     loader = make_dataloader(images, config.train_batch_size, num_workers=config.dataloader_num_workers)
     train_loop(config, model, noise_scheduler, make_optimizer(model.parameters(), config), loader)
 
-# %% ../nbs/22_butterflies.ipynb #b52a4c61
+# %% ../nbs/22_butterflies.ipynb #3212e627
 def measure_micro_step(config: TrainingConfig, images: ImageSet, repeats: int = 5) -> tuple[float, float, int]:
     """Take real micro-steps on the real device; return seconds of one, GiB needed, and the number of parameters."""
     device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
@@ -203,7 +203,7 @@ def dry_run(config: TrainingConfig, images: ImageSet, num_processes: int = 1) ->
                                            config.max_train_steps)
     minutes = total * config.gradient_accumulation_steps * seconds / 60
     return (f"dry run: {len(images)} pictures, {per_epoch} steps an epoch, {total} steps in {epochs} epochs\n"
-            f"memory: {memory:.2f} GiB for {parameters:,} parameters with gradients, optimizer and average\n"
+            f"memory: {memory:.3f} GiB for {parameters:,} parameters with gradients, optimizer and average\n"
             f"time: about {minutes:.1f} minutes ({seconds:.3f} s a micro-step, measured), sample grids aside")
 
 # %% ../nbs/22_butterflies.ipynb #451e8f2a

@@ -151,7 +151,7 @@ class RunConfig:
         require(not self.push_to_hub or self.hub_token is not None or os.environ.get("HF_HUB_OFFLINE") != "1",
                 "push_to_hub", True, "HF_HUB_OFFLINE=1 is set; unset it, or upload later with `hf upload`")
 
-# %% ../nbs/01_config.ipynb #c6217416
+# %% ../nbs/01_config.ipynb #89bbf01e
 @dataclass
 class TrainingConfig(RunConfig):
     """An unconditional run: the fields of the Hugging Face tutorial, then those of `train_unconditional.py`."""
@@ -160,7 +160,8 @@ class TrainingConfig(RunConfig):
     image_size: int = option(128, "side of the training pictures, in pixels", aliases=["--resolution"], fixed=True)
     eval_batch_size: int = option(16, "pictures in a sample grid")
     num_epochs: int = option(50, "passes over the data")
-    save_image_epochs: int = option(10, "epochs between sample grids", aliases=["--save_images_epochs"])
+    save_image_epochs: int | None = option(
+        10, "epochs between sample grids; None draws three in the run", aliases=["--save_images_epochs"])
     save_model_epochs: int = option(30, "epochs between saved pipelines")
     dataset_name: str = option("meadow", "meadow (embedded), imagefolder (with train_data_dir), or a Hub id")
     dataset_config_name: str | None = option(None, "configuration of a Hub data set that has several")
@@ -192,7 +193,8 @@ class TrainingConfig(RunConfig):
         super().check()
         for name in ("image_size", "eval_batch_size", "num_epochs", "save_image_epochs", "save_model_epochs",
                      "num_train_images", "ddpm_num_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be 1 or more")
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be 1 or more")
         steps = self.num_inference_steps
         require(steps is None or 1 <= steps <= self.ddpm_num_steps, "num_inference_steps", steps,
                 f"must lie between 1 and the {self.ddpm_num_steps} timesteps of --ddpm_num_steps")
@@ -209,14 +211,14 @@ class TrainingConfig(RunConfig):
             self.num_inference_steps = {"ddpm": self.ddpm_num_steps, "ddim": min(50, self.ddpm_num_steps)}.get(
                 self.sampler, min(25, self.ddpm_num_steps))
 
-# %% ../nbs/01_config.ipynb #32c3cbd5
+# %% ../nbs/01_config.ipynb #fc7e5d79
 PRESETS: dict[str, dict[str, Any]] = {
     "tutorial": {},
     "quick": {
         "output_dir": "outputs/butterflies", "image_size": 64, "model_config_name_or_path": "quick-64",
         "resize": "pad", "train_batch_size": 4, "max_train_steps": 2800, "learning_rate": 2e-3, "lr_warmup_steps": 50,
         "min_lr_rate": 0.05, "prediction_type": "v_prediction", "ddpm_beta_schedule": "squaredcos_cap_v2",
-        "use_ema": True, "ema_max_decay": 0.99, "save_image_epochs": 6, "sampler": "ddpm", "num_inference_steps": 60,
+        "use_ema": True, "ema_max_decay": 0.99, "save_image_epochs": None, "sampler": "ddpm", "num_inference_steps": 60,
         "checkpointing_steps": 500, "checkpoints_total_limit": 2,
     },
 }

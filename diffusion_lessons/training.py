@@ -55,7 +55,7 @@ from diffusion_lessons.optimization import (
 )
 from .tracking import LossLog, log_image, say, start_tracker
 
-# %% ../nbs/21_training.ipynb #710eb6ed
+# %% ../nbs/21_training.ipynb #64851216
 ON_DEVICE_BYTES = 2**30  # picture sets up to this size are held on the GPU
 
 
@@ -182,8 +182,14 @@ class Run:
             if self.global_step >= self.total_steps:
                 return
 
-    def is_due(self, every: int) -> bool:
-        """Tell, at the end of an epoch, whether something that happens every so many epochs, and at the end, is due."""
+    def is_due(self, every: int | None) -> bool:
+        """Tell, at the end of an epoch, whether something that happens every so many epochs, and at the end, is due.
+
+        None: three times in the run, at the first end of an epoch after each third of the steps.
+        """
+        if every is None:
+            before = self.global_step - (self.global_step - 1) % self.steps_per_epoch - 1
+            return 3 * self.global_step // self.total_steps > 3 * before // self.total_steps
         return (self.epoch + 1) % every == 0 or self.global_step >= self.total_steps
 
     def accumulate(self) -> contextlib.AbstractContextManager:

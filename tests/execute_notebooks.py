@@ -42,7 +42,8 @@ QUIET_OFFLINE = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm asks for widgets, and stored widgets are of no use
+    # tqdm asks for widgets, and stored widgets are of no use; Accelerate says which threads it chose
+    "PYTHONWARNINGS": "ignore:IProgress not found,ignore:OMP_NUM_THREADS",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
 }
 
