@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import InputError, require
 
-# %% ../nbs/04_batches.ipynb #45bcdd15
+# %% ../nbs/04_batches.ipynb #c78ef4b7
 class ImageSet(Dataset):
     """Decoded pictures: one block of `uint8` numbers (N, 3, H, W), in memory, mapped from a file, or on a device.
 
@@ -42,7 +42,9 @@ class ImageSet(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch in one go: `{"images": uint8 (B, 3, H, W)}`."""
         if isinstance(self.pixels, torch.Tensor):
-            return {"images": self.pixels[torch.as_tensor(indices, device=self.pixels.device)]}
+            index = torch.as_tensor(indices)  # pinned, its copy to a GPU does not make the host wait
+            index = index.pin_memory() if self.pixels.is_cuda else index
+            return {"images": self.pixels[index.to(self.pixels.device, non_blocking=True)]}
         # NumPy copies here on purpose: a torch operation may start threads, and a forked child would wait for them.
         return {"images": torch.from_numpy(np.asarray(self.pixels)[np.asarray(indices, dtype=np.int64)])}
 

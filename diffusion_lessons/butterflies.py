@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['grid_shape', 'evaluate', 'train_loop', 'prepare_batch', 'look_and_save', 'publish', 'build_model', 'load_pipeline',
-           'load_data', 'train', 'measure_micro_step', 'dry_run', 'check_before_work', 'run_butterflies', 'main']
+           'load_data', 'train', 'measure_micro_step', 'dry_run', 'check_before_work', 'run_butterflies', 'hide_token',
+           'main']
 
-# %% ../nbs/22_butterflies.ipynb #e1ada193
+# %% ../nbs/22_butterflies.ipynb #4c0795eb
 import math
 import sys
 import time
@@ -27,7 +28,7 @@ from .figures import make_grid
 from .images import ImageSet, load_images, make_dataloader, random_flip, to_model_range
 from .noise import denoising_loss, make_noise_scheduler, noise_batch
 from .optimization import count_steps, make_optimizer
-from .publishing import push_to_hub, save_pipeline, write_model_card
+from .publishing import check_login, push_to_hub, save_pipeline, write_model_card
 from .sampling import sample_images
 from .tracking import check_tracker, say
 from .training import Run, start_run
@@ -123,7 +124,7 @@ def publish(run: Run, config: TrainingConfig) -> None:
         say(f"uploaded to {push_to_hub(config)}")
     say(f"the pipeline is in {config.output_dir}, the sample grids in {run.output_dir / 'samples'}")
 
-# %% ../nbs/22_butterflies.ipynb #9d0f4b9f
+# %% ../nbs/22_butterflies.ipynb #61a23f81
 def build_model(config: TrainingConfig) -> tuple[UNet2DModel, DDPMScheduler]:
     """Build the network and its noise schedule, or load both from the pipeline that is to be fine-tuned.
 
@@ -134,7 +135,7 @@ def build_model(config: TrainingConfig) -> tuple[UNet2DModel, DDPMScheduler]:
         scheduler = make_noise_scheduler(config.ddpm_num_steps, config.ddpm_beta_schedule, config.prediction_type)
     else:
         model, scheduler = load_pipeline(config.pretrained_model_name_or_path, config.image_size)
-    if config.enable_xformers_memory_efficient_attention:
+    if config.enable_xformers_memory_efficient_attention and model.device.type != "meta":
         try:
             model.enable_xformers_memory_efficient_attention()
         except (ImportError, ModuleNotFoundError, ValueError) as error:
@@ -170,7 +171,7 @@ def train(config: TrainingConfig, images: ImageSet) -> None:
     loader = make_dataloader(images, config.train_batch_size, num_workers=config.dataloader_num_workers)
     train_loop(config, model, noise_scheduler, make_optimizer(model.parameters(), config), loader)
 
-# %% ../nbs/22_butterflies.ipynb #3212e627
+# %% ../nbs/22_butterflies.ipynb #49506886
 def measure_micro_step(config: TrainingConfig, images: ImageSet, repeats: int = 5) -> tuple[float, float, int]:
     """Take real micro-steps on the real device; return seconds of one, GiB needed, and the number of parameters."""
     device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
@@ -190,8 +191,9 @@ def measure_micro_step(config: TrainingConfig, images: ImageSet, repeats: int = 
         if step == 0:  # the first step pays for start-up
             begin = time.perf_counter()
     seconds = (time.perf_counter() - begin) / repeats
-    averages = sum(parameter.nbytes for parameter in model.parameters()) * config.use_ema
-    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else averages * 4
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    averages = weights * config.use_ema
+    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else weights * 4  # + gradients, moments
     return seconds, (held + averages) / 2**30, count_parameters(model)
 
 
@@ -206,11 +208,12 @@ def dry_run(config: TrainingConfig, images: ImageSet, num_processes: int = 1) ->
             f"memory: {memory:.3f} GiB for {parameters:,} parameters with gradients, optimizer and average\n"
             f"time: about {minutes:.1f} minutes ({seconds:.3f} s a micro-step, measured), sample grids aside")
 
-# %% ../nbs/22_butterflies.ipynb #451e8f2a
+# %% ../nbs/22_butterflies.ipynb #565feadb
 def check_before_work(config: TrainingConfig) -> None:
     """Find mistakes that need no data and no training: the output folder, the tracker, the network's halvings."""
     check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
     check_tracker(config.report_to)
+    check_login(config)
     with torch.device("meta"):  # shapes without memory or arithmetic
         build_model(config)
 
@@ -224,7 +227,17 @@ def run_butterflies(config: TrainingConfig, options: LaunchOptions) -> None:
     if options.dry_run:
         print(dry_run(config, images, options.num_processes))
         return
+    gpus = torch.cuda.device_count()  # asks the driver, and starts nothing that a fork could not bear
+    require(gpus == 0 or options.num_processes <= gpus, "num_processes", options.num_processes,
+            f"this machine has {gpus} GPUs; take at most {gpus}")
     launch(train, (config, images), options.num_processes)
+
+
+def hide_token(words: Sequence[str]) -> list[str]:
+    """Return the words of a command without the value of `--hub_token`, for trackers that record how a run began."""
+    return ["***" if index and words[index - 1].replace("-", "_") == "__hub_token"
+            else word.split("=")[0] + "=***" if word.replace("-", "_").startswith("__hub_token=") else word
+            for index, word in enumerate(words)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         config, options = parse_command_line(words, TrainingConfig, PRESETS, "train-butterflies")
+        sys.argv[1:] = hide_token(sys.argv[1:])
         folder.append(Path(config.output_dir) / config.logging_dir)
         run_butterflies(config, options)
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'PROGRESS', 'CONFIG_NAME', 'save_generator', 'load_generator', 'write_json', 'begin_folder', 'seal_folder',
            'remove_folder', 'atomic_folder', 'Checkpoint', 'list_checkpoints', 'latest_checkpoint', 'find_checkpoint',
-           'prune_checkpoints', 'compare_progress', 'check_output_dir', 'is_unfinished', 'clear_output_dir',
-           'clear_partial', 'lock_output_dir']
+           'set_aside_later', 'prune_checkpoints', 'compare_progress', 'check_output_dir', 'is_unfinished',
+           'clear_output_dir', 'clear_partial', 'lock_output_dir']
 
-# %% ../nbs/20_checkpoints.ipynb #9630b9a0
+# %% ../nbs/20_checkpoints.ipynb #97ca73e1
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -111,7 +112,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
-# %% ../nbs/20_checkpoints.ipynb #96b76e66
+# %% ../nbs/20_checkpoints.ipynb #e2c795be
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint folder of a run: where it is and after how many optimizer steps it was written."""
@@ -193,6 +194,21 @@ def find_checkpoint(output_dir: str | Path, choice: str) -> tuple[Checkpoint | N
     return found, notes
 
 
+def set_aside_later(output_dir: str | Path, step: int) -> list[str]:
+    """Rename checkpoints beyond `step` to `abandoned-checkpoint-N` and return their old names.
+
+    They belong to a branch that the run has left by resuming from before them; neither `latest` nor a limit may mistake
+    them for the newest of this one.
+    """
+    later = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint.step > step]
+    for checkpoint in later:
+        target = checkpoint.path.with_name(f"abandoned-{checkpoint.path.name}")
+        if target.exists():
+            remove_folder(target)
+        os.rename(checkpoint.path, target)
+    return [checkpoint.path.name for checkpoint in later]
+
+
 def prune_checkpoints(output_dir: str | Path, limit: int | None) -> list[str]:
     """Remove the oldest checkpoints beyond `limit` and return their names; call it after a new one is complete."""
     surplus = list_checkpoints(output_dir)[:-limit] if limit else []
@@ -224,7 +240,7 @@ def compare_progress(then: dict[str, Any], now: dict[str, Any], config: RunConfi
                          f"resume with the same pictures, {insist}")
     return [f"{name} changed on resume: {before[name]} -> {after[name]}" for name in changed]
 
-# %% ../nbs/20_checkpoints.ipynb #e58f3438
+# %% ../nbs/20_checkpoints.ipynb #5c3a27ac
 CONFIG_NAME = "training_config.json"
 _LEFT_BY_A_RUN = ("samples", "logs", "README.md", "model_index.json", "pytorch_lora_weights.safetensors", CONFIG_NAME)
 
@@ -248,28 +264,35 @@ def is_unfinished(output_dir: str | Path) -> bool:
     return newest is not None and newest.progress["step"] < newest.progress.get("total_steps", 0)
 
 
-def clear_output_dir(output_dir: str | Path) -> Path | None:
-    """Make room for a new run in a folder that held one of ours; files that no run wrote stay.
+def _left_by_a_run(folder: Path) -> list[str]:
+    """Names in the folder that a run of ours wrote, newest checkpoint first and the config, by which we know it, last."""
+    try:
+        parts = [name for name in json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if name]
+    except (OSError, ValueError):
+        parts = []
+    checkpoints = [checkpoint.path.name for checkpoint in reversed(list_checkpoints(folder))]
+    abandoned = [path.name for path in folder.glob("abandoned-checkpoint-*")]
+    names = [*checkpoints, *abandoned, *(name for name in parts if name == Path(name).name), *_LEFT_BY_A_RUN]
+    return [name for name in names if (folder / name).exists()]
 
-    An unfinished run is moved to `OUTPUT_DIR.previous`, whose path is returned; a finished one is removed.
+
+def clear_output_dir(output_dir: str | Path) -> tuple[Path | None, bool]:
+    """Move what an earlier run left in a folder to `OUTPUT_DIR.previous`; files that no run wrote stay.
+
+    Returns where it is now (None if there was nothing) and whether that run was finished, so that its copy may go once
+    the new run has begun. A name that exists already is never used: `.previous-2` and so on follow.
     """
-    folder = Path(output_dir)
-    aside = folder.with_name(f"{folder.name}.previous") if is_unfinished(folder) else None
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    index = folder / "model_index.json"
-    parts = list(json.loads(index.read_text(encoding="utf-8"))) if index.is_file() else []
-    checkpoints = [checkpoint.path.name for checkpoint in list_checkpoints(folder)]
-    for name in (*checkpoints, *parts, *_LEFT_BY_A_RUN):  # the config goes last: until then the folder is known as ours
-        path = folder / name
-        if path.exists() and aside is not None:
-            os.rename(path, aside / name)
-        elif path.is_dir():
-            remove_folder(path)
-        elif path.exists():
-            path.unlink()
-    return aside
+    folder = Path(output_dir).resolve()
+    names, finished = _left_by_a_run(folder), not is_unfinished(folder)
+    if not names:
+        return None, finished
+    candidates = itertools.chain([".previous"], (f".previous-{number}" for number in itertools.count(2)))
+    paths = (folder.with_name(f"{folder.name}{suffix}") for suffix in candidates)
+    aside = next(path for path in paths if not os.path.lexists(path))
+    aside.mkdir()
+    for name in names:
+        os.rename(folder / name, aside / name)
+    return aside, finished
 
 
 def clear_partial(output_dir: str | Path) -> Sequence[str]:

@@ -111,12 +111,12 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/02_commands.ipynb #5b1642b6
+# %% ../nbs/02_commands.ipynb #1c623a7b
 _KINDS = {kind.__name__: kind for kind in (InputError, RunFailed, Interrupted, Terminated)}
 
 
 def _reporting(function: Callable[..., Any], report: Path) -> Callable[..., None]:
-    """Return what each process runs: the function, with a failure written to `report` for the parent to read."""
+    """Return what each process runs: the function, with a failure written into `report` for the parent to read."""
 
     def child(*args: Any) -> None:
         try:
@@ -125,14 +125,18 @@ def _reporting(function: Callable[..., Any], report: Path) -> Callable[..., None
             kind = error.__class__.__name__
             log = "" if kind in _KINDS else f" (full log: {write_error_log(error)})"
             message = one_line(error) if kind in _KINDS else f"{kind}: {one_line(error)}{log}"
-            try:
-                with report.open("x", encoding="utf-8") as file:  # only the first failure is the cause
-                    json.dump({"kind": kind if kind in _KINDS else "RunFailed", "message": message}, file)
-            except FileExistsError:
-                pass
+            path = report / f"{time.time_ns()}-{os.getpid()}.json"
+            failure = {"kind": kind if kind in _KINDS else "RunFailed", "message": message}
+            path.write_text(json.dumps(failure), encoding="utf-8")
             raise SystemExit(1) from None
 
     return child
+
+
+def _cause(failures: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Of the failures of several processes, earliest first, the one that explains the others."""
+    order = ("InputError", "Interrupted", "Terminated", "RunFailed")
+    return min(failures, key=lambda failure: order.index(failure["kind"]))
 
 
 def free_port() -> str:
@@ -155,13 +159,13 @@ def launch(function: Callable[..., Any], args: Sequence[Any] = (), num_processes
     for noisy in ("torch.distributed.elastic", "torch.distributed.launcher"):  # they print what we report in one line
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="diffusion-lessons-") as folder:
-        report = Path(folder) / "failure.json"
         try:
-            notebook_launcher(_reporting(function, report), tuple(args), num_processes, use_port=free_port())
+            notebook_launcher(_reporting(function, Path(folder)), tuple(args), num_processes, use_port=free_port())
         except BaseException as error:
-            if report.exists():
-                failure = json.loads(report.read_text(encoding="utf-8"))
-                raise _KINDS[failure["kind"]](failure["message"]) from None
+            failures = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+            if failures:
+                cause = _cause(failures)
+                raise _KINDS[cause["kind"]](cause["message"]) from None
             number = getattr(error, "sigval", None)  # the launcher itself was interrupted or terminated
             if number is not None:
                 raise (Terminated() if number == signal.SIGTERM else Interrupted()) from None

@@ -223,7 +223,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# %% ../nbs/01_config.ipynb #098e06a1
+# %% ../nbs/01_config.ipynb #1f58e3b1
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -255,7 +255,9 @@ def public_fields(config: RunConfig) -> dict[str, Any]:
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the config beside the model it makes, as JSON that `--config` reads back; secrets are left out."""
     partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(public_fields(config), indent=2) + "\n", encoding="utf-8")
+    of_this_start = ("resume_from_checkpoint", "force_resume")  # a later start with this file must not repeat them
+    content = {name: value for name, value in public_fields(config).items() if name not in of_this_start}
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

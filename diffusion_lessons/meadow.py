@@ -166,7 +166,7 @@ def placed(shapes: list[Shape], place: str, size: int, rng: np.random.Generator)
     centre = .5 + rng.uniform(-1, 1, 2) * (.96 - extent) / 2
     return compose(fitted(shapes, extent, centre), background(place, size, rng), SCENERY[place].halo)
 
-# %% ../nbs/10_meadow.ipynb #8e16d7e3
+# %% ../nbs/10_meadow.ipynb #f4a53d29
 def draw_scene(kind: str, colour: str, place: str, size: int, rng: np.random.Generator) -> Image.Image:
     """A picture of a `colour` `kind` on `place`, `size` pixels square; pose, marks and scenery come from `rng`."""
     _check(size, kind=([kind], KINDS), colour=([colour], COLOURS), place=([place], PLACES))
@@ -176,7 +176,7 @@ def draw_scene(kind: str, colour: str, place: str, size: int, rng: np.random.Gen
     return placed(turned(shapes_of(tinted(colour, rng), rng), rng.uniform(-tilt, tilt)), place, size, rng)
 
 
-# As in a real drawer, quiet wings are common and ornate ones rare: plain 30 %, blue 16 %, … fritillary 3 %, admiral 4 %.
+# As in a real drawer, quiet wings are common and ornate ones rare: 30 % plain, 3 % fritillary.
 SPECIMEN_PATTERNS = (.30, .16, .10, .10, .10, .08, .06, .03, .03, .04)
 
 

@@ -85,7 +85,7 @@ def make_ema(model: torch.nn.Module, config: RunConfig) -> EMAModel:
     return EMAModel(model.parameters(), decay=config.ema_max_decay, use_ema_warmup=True, inv_gamma=config.ema_inv_gamma,
                     power=config.ema_power, foreach=True, model_cls=type(model), model_config=model.config)
 
-# %% ../nbs/18_optimization.ipynb #397773e4
+# %% ../nbs/18_optimization.ipynb #f1bff390
 def mixed_seed(*numbers: int) -> int:
     """Mix numbers (seed, rank, epoch, …) into one 63-bit seed; different numbers give unrelated streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -122,6 +122,11 @@ def repeatable(dataloader: DataLoader, seed: int) -> DataLoader:
     dataset = dataloader.dataset
     if isinstance(dataset, ImageSet | torch.utils.data.IterableDataset):
         return dataloader
-    return DataLoader(SeededDataset(dataset, seed), batch_size=dataloader.batch_size, sampler=dataloader.sampler,
-                      num_workers=dataloader.num_workers, collate_fn=dataloader.collate_fn,
-                      drop_last=dataloader.drop_last, pin_memory=dataloader.pin_memory)
+    if dataloader.batch_size is None and dataloader.batch_sampler is not None:
+        batching = {"batch_sampler": dataloader.batch_sampler}
+    else:
+        batching = {"batch_size": dataloader.batch_size, "sampler": dataloader.sampler,
+                    "drop_last": dataloader.drop_last}
+    return DataLoader(SeededDataset(dataset, seed), **batching, num_workers=dataloader.num_workers,
+                      collate_fn=dataloader.collate_fn, pin_memory=dataloader.pin_memory,
+                      worker_init_fn=dataloader.worker_init_fn)

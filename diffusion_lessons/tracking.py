@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .commands import RunFailed
 from .config import InputError, RunConfig, public_fields
 
-# %% ../nbs/17_tracking.ipynb #38ff3ffc
+# %% ../nbs/17_tracking.ipynb #4d2e8b24
 def say(text: str) -> None:
     """Print a line without tearing the progress bar."""
     tqdm.write(text)
@@ -43,6 +43,11 @@ class LossLog:
     def is_full(self) -> bool:
         """Whether it is time to `read`."""
         return len(self._waiting) >= self.every
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no loss waits."""
+        return not self._waiting
 
     def read(self, step: int, **numbers: float) -> float:
         """Read the losses that wait, the newest of them of optimizer step `step`; return their mean.

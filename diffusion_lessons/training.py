@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ON_DEVICE_BYTES', 'Run', 'out_of_memory_text', 'start_run']
 
-# %% ../nbs/21_training.ipynb #096e51be
+# %% ../nbs/21_training.ipynb #ff8128a0
 import contextlib
 import platform
 import shlex
@@ -40,6 +40,7 @@ from diffusion_lessons.checkpoints import (
     prune_checkpoints,
     save_generator,
     seal_folder,
+    set_aside_later,
     write_json,
 )
 from .commands import RunFailed, StopSignals, one_line
@@ -55,7 +56,7 @@ from diffusion_lessons.optimization import (
 )
 from .tracking import LossLog, log_image, say, start_tracker
 
-# %% ../nbs/21_training.ipynb #64851216
+# %% ../nbs/21_training.ipynb #a0e3a0f6
 ON_DEVICE_BYTES = 2**30  # picture sets up to this size are held on the GPU
 
 
@@ -75,7 +76,7 @@ class Run:
         self.generator = torch.Generator(self.device).manual_seed(mixed_seed(config.seed, self.rank))
         self.loss_log = LossLog(self.accelerator, config.logging_steps)
         self._loss = torch.zeros((), device=self.device)  # of the optimizer step under way, over its micro-steps
-        self._stop = StopSignals()
+        self._stop, self._aside = StopSignals(), None
         self._closing = contextlib.ExitStack()
 
     @property
@@ -92,9 +93,10 @@ class Run:
         def claim() -> None:
             check_output_dir(self.output_dir, self.config.overwrite_output_dir, resuming)
             self._closing.callback(lock_output_dir(self.output_dir).release)
-            aside = None if resuming else clear_output_dir(self.output_dir)
-            if aside is not None:
-                say(f"the unfinished run in {self.output_dir} was moved to {aside}")
+            self._aside, finished = (None, True) if resuming else clear_output_dir(self.output_dir)
+            if not finished:
+                say(f"the unfinished run in {self.output_dir} was moved to {self._aside}")
+                self._aside = None  # it stays
             clear_partial(self.output_dir)
 
         on_main(self.accelerator, claim)
@@ -106,18 +108,18 @@ class Run:
         config, accelerator = self.config, self.accelerator
         dataset = dataloader.dataset
         self._data = getattr(dataset, "fingerprint", None)
-        if isinstance(dataset, ImageSet) and self.device.type != "cpu" and dataloader.num_workers == 0:
-            if dataset.nbytes <= ON_DEVICE_BYTES:  # no copy in any step; the fingerprint was taken before
-                dataset.to(self.device)
+        in_process = dataloader.num_workers == 0 and not dataloader.pin_memory and self.device.type != "cpu"
+        if isinstance(dataset, ImageSet) and in_process and dataset.nbytes <= ON_DEVICE_BYTES:
+            dataset.to(self.device)  # no copy in any step; the fingerprint was taken before
+            self._closing.callback(dataset.to, "cpu")
         if config.scale_lr:
             for group in optimizer.param_groups:
                 group["lr"] *= config.train_batch_size * config.gradient_accumulation_steps * self.num_processes
         self._group_options = [{key: value for key, value in group.items() if key != "params"}
                                for group in optimizer.param_groups]
         self.dataloader = accelerator.prepare(repeatable(dataloader, config.seed))
-        self.prepared = {name: accelerator.prepare(model) for name, model in self.models.items()}
+        self.prepared = {name: accelerator.prepare(model.train()) for name, model in self.models.items()}
         self.emas = {name: make_ema(model, config) for name, model in self.models.items()} if config.use_ema else {}
-        self.optimizer = accelerator.prepare(optimizer)
         self.steps_per_epoch, self.total_steps, self.num_epochs = count_steps(
             len(self.dataloader), config.gradient_accumulation_steps, self.num_epochs, config.max_train_steps)
         self._own_schedule = lr_scheduler is None
@@ -128,6 +130,7 @@ class Run:
             if warning and self.is_main:
                 say(f"warning: {warning}")
             self.schedule = accelerator.prepare(lr_scheduler)
+        self.optimizer = accelerator.prepare(optimizer)  # after the schedule, which puts a hook on the bare optimizer
         accelerator.register_save_state_pre_hook(self._save_models)
         accelerator.register_load_state_pre_hook(self._load_models)
 
@@ -136,6 +139,8 @@ class Run:
         if self.is_main:
             save_config(self.config, self.output_dir / CONFIG_NAME)
         start_tracker(self.accelerator, self.config, self.command, self.global_step)
+        if self._aside is not None:  # the finished run that this one replaces
+            shutil.rmtree(self._aside, ignore_errors=True)
         if self.is_main:
             processes = f", {self.num_processes} processes" if self.num_processes > 1 else ""
             say(f"training {self.total_steps} steps on {self.device.type}{processes}, mixed precision: "
@@ -153,8 +158,10 @@ class Run:
                 raise
 
     def close(self) -> None:
-        """Close the progress bar, release the folder, and leave Accelerate as it was."""
+        """Close the progress bar, release the folder, and leave models and Accelerate as they were."""
         self._closing.close()
+        for model in getattr(self, "prepared", {}).values():  # or the next run would nest its autocast in this one's
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         forget_accelerator(self.accelerator)
 
     # --- the loop ---
@@ -173,14 +180,20 @@ class Run:
     def batches(self) -> Iterator[Any]:
         """Yield what is left of this epoch's batches, on the device; end after the run's last step."""
         self.dataloader.set_epoch(self.epoch)
+        if hasattr(self.dataloader.dataset, "set_epoch"):  # with several processes Accelerate reaches the sampler only
+            self.dataloader.dataset.set_epoch(self.epoch)
         if self.global_step >= self.total_steps or self.batch >= len(self.dataloader):
             return
         loader = self.accelerator.skip_first_batches(self.dataloader, self.batch) if self.batch else self.dataloader
-        for batch in loader:
+        batches = iter(loader)
+        with torch.random.fork_rng(devices=[]):  # starting a loader draws from the global generator
+            batch = next(batches, None)
+        while batch is not None and self.global_step < self.total_steps:
             self.batch += 1
             yield batch
-            if self.global_step >= self.total_steps:
-                return
+            batch = next(batches, None)
+        if not self.loss_log.is_empty:  # before anything of this epoch's end is logged
+            self._log()
 
     def is_due(self, every: int | None) -> bool:
         """Tell, at the end of an epoch, whether something that happens every so many epochs, and at the end, is due.
@@ -224,13 +237,15 @@ class Run:
         self._bar.update()
         last = self.global_step >= self.total_steps
         saving = last or self.global_step % self.config.checkpointing_steps == 0
-        if saving or self.loss_log.is_full or (self._stop.received and self.num_processes == 1):
+        stop = self._agreed_signal(saving or self.loss_log.is_full)
+        saving |= stop is not None
+        if saving or self.loss_log.is_full:
             self._log()
-            saving |= self._agree_to_stop()
         if saving:
             self._require_finite_weights()
             self.save_checkpoint()
-        if self._stop.received and saving and not last:
+        if stop is not None and not last:
+            self._stop.received = stop
             raise self._stop.exception()
 
     def _log(self) -> None:
@@ -248,12 +263,18 @@ class Run:
             raise RunFailed(f"weights are not finite after step {self.global_step}; lower --learning_rate, or take "
                             f"--mixed_precision bf16 or no. {self.last_checkpoint_text()}")
 
-    def _agree_to_stop(self) -> bool:
-        """Return on every process whether any of them received a signal, and let all know which."""
-        if self.num_processes > 1:
-            received = torch.tensor([self._stop.received or 0], device=self.device)
-            self._stop.received = int(self.accelerator.gather(received).max()) or None
-        return bool(self._stop.received)
+    def _agreed_signal(self, may_wait: bool) -> int | None:
+        """Return the signal that any process has received, the same answer on all of them, or None.
+
+        may_wait: whether the processes wait for each other in this step anyway. On a CPU asking costs little and is done
+        in every step, because a launcher gives its children only seconds to end.
+        """
+        if self.num_processes == 1:
+            return self._stop.received
+        if not may_wait and self.device.type != "cpu":
+            return None
+        received = torch.tensor([self._stop.received or 0], device=self.device)
+        return int(self.accelerator.gather(received).max()) or None
 
     @property
     def losses(self) -> list[float]:
@@ -290,14 +311,16 @@ class Run:
     def save_checkpoint(self) -> None:
         """Write `checkpoint-STEP` with all that a resumed run needs, all processes together, whole or not at all."""
         path = self.output_dir / f"checkpoint-{self.global_step}"
-        partial = on_main(self.accelerator, lambda: begin_folder(path))
+        partial = path.with_name(f".{path.name}.partial")
         try:
+            on_main(self.accelerator, lambda: begin_folder(path))
             self.accelerator.save_state(str(partial))
             save_generator(self.generator, partial / f"generator_{self.rank}.safetensors")
             self.accelerator.wait_for_everyone()
             if self.is_main:
                 write_json(partial / PROGRESS, self._progress())
                 seal_folder(partial, path)
+                set_aside_later(self.output_dir, self.global_step)
                 prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
             shutil.rmtree(partial, ignore_errors=True)
@@ -308,6 +331,7 @@ class Run:
     def _progress(self) -> dict[str, Any]:
         return {"step": self.global_step, "total_steps": self.total_steps, "epoch": self.epoch, "batch": self.batch,
                 "steps_per_epoch": self.steps_per_epoch, "num_processes": self.num_processes, "data": self._data,
+                "device": self.device.type,
                 "config": public_fields(self.config),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
@@ -353,7 +377,11 @@ class Run:
         for change in compare_progress(progress, self._progress(), self.config, self.config.force_resume):
             if self.is_main:
                 say(change)
+        scaler = self.accelerator.scaler
+        if not (checkpoint.path / "scaler.pt").is_file():  # written without fp16: begin with a fresh scaler
+            self.accelerator.scaler = None
         self.accelerator.load_state(str(checkpoint.path))
+        self.accelerator.scaler = scaler
         self._restore_position(checkpoint, progress)
         if self.is_main:
             say(f"resuming {checkpoint.path.name}: {self.global_step} of {self.total_steps} steps are done")
@@ -362,7 +390,9 @@ class Run:
         """Put step, epoch and batch, the generator, and the learning rate where the checkpoint left them."""
         self.global_step, self.epoch, self.batch = progress["step"], progress["epoch"], progress["batch"]
         state = checkpoint.path / f"generator_{self.rank}.safetensors"
-        if state.is_file():  # a forced resume with more processes has no state for the new ones
+        if progress["device"] != self.device.type:
+            say(f"resuming on {self.device.type} what ran on {progress['device']}: from here other noise is drawn")
+        elif state.is_file():  # a forced resume with more processes has no state for the new ones
             load_generator(self.generator, state)
         if self.steps_per_epoch != progress["steps_per_epoch"]:  # forced: other data, batches or processes
             self.epoch, self.batch = self.global_step // self.steps_per_epoch, 0
@@ -384,6 +414,7 @@ class Run:
         if newest is None:
             return "There is no checkpoint yet"
         words = [self.command, "--config", str(self.output_dir / CONFIG_NAME), "--resume_from_checkpoint", "latest"]
+        words += ["--num_processes", str(self.num_processes)] if self.num_processes > 1 else []
         return f"Last good checkpoint: {newest.path.name}; go on with: {shlex.join(words)}"
 
 # %% ../nbs/21_training.ipynb #39d3340d

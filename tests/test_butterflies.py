@@ -217,7 +217,8 @@ def test_fine_tuning_starts_from_the_weights_and_the_schedule_of_a_pipeline(fini
     before = DDPMPipeline.from_pretrained(finished).unet.state_dict()
     after = DDPMPipeline.from_pretrained(tmp_path / "run").unet.state_dict()
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
-    assert "base_model" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "base_model:" not in card, "a local path means nothing to others"
 
 
 def test_dry_run_says_steps_memory_and_time_and_writes_nothing(tmp_path, capsys):
@@ -341,6 +342,41 @@ def test_an_earlier_run_is_replaced_only_when_allowed_and_an_unfinished_one_is_k
     shutil.rmtree(folder / "checkpoint-24")
     assert main(words(folder, max_train_steps=2)) == 0
     assert (tmp_path / "run.previous" / "checkpoint-20").is_dir()
+
+
+def test_a_second_unfinished_run_does_not_replace_the_rescue_of_the_first(finished, tmp_path):
+    folder = tmp_path / "run"
+    (tmp_path / "run.previous").mkdir()
+    (tmp_path / "run.previous" / "mine.txt").write_text("not yours to delete")
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoint-24")
+    assert main(words(folder, max_train_steps=2)) == 0
+    assert (tmp_path / "run.previous" / "mine.txt").exists()
+    assert (tmp_path / "run.previous-2" / "checkpoint-20").is_dir()
+
+
+def test_a_run_that_fails_while_it_starts_does_not_cost_the_finished_one(finished, tmp_path, monkeypatch):
+    from diffusion_lessons import training
+
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    def refuse(*_):
+        raise RuntimeError("the tracker wants a login")
+
+    monkeypatch.setattr(training, "start_tracker", refuse)
+    assert main(words(folder, max_train_steps=2)) == 1
+    kept = tmp_path / "run.previous" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert kept.read_bytes() == before
+
+
+def test_the_model_forgets_the_precision_of_the_run(tmp_path):
+    config, model, scheduler, optimizer, loader = tutorial_parts(tmp_path / "run", mixed_precision="bf16")
+    picture = torch.zeros(1, 3, 16, 16)
+    before = model.forward.__func__
+    train_loop(config, model, scheduler, optimizer, loader)
+    assert model.forward.__func__ is before
+    assert model(picture, 1).sample.dtype == torch.float32
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):

@@ -132,3 +132,54 @@ def test_bad_input_in_two_processes_is_one_line_and_exit_code_2(probe, tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("train-butterflies: --resume_from_checkpoint checkpoint-3")
     assert "Traceback" not in done.stderr
+
+
+TRANSFORMS = """
+import json, sys
+from pathlib import Path
+import torch
+from torchvision import transforms
+from diffusion_lessons import meadow
+from diffusion_lessons.butterflies import TrainingConfig, train_loop
+from diffusion_lessons.commands import launch
+from diffusion_lessons.noise import make_noise_scheduler
+from diffusion_lessons.unet import make_unet
+
+turn = transforms.Compose([transforms.ColorJitter(brightness=0.5), transforms.ToTensor()])
+
+def train(folder, resume):
+    seen = []
+    def jitter(examples):
+        pictures = [turn(image.convert("RGB")) for image in examples["image"]]
+        seen.extend(round(picture.sum().item(), 3) for picture in pictures)
+        return {"images": pictures}
+    dataset = meadow.specimens(16, size=16)
+    dataset.set_transform(jitter)
+    model = make_unet("tiny-16", 16, seed=0)
+    config = TrainingConfig(output_dir=folder, image_size=16, train_batch_size=2, eval_batch_size=1, max_train_steps=8,
+                            num_inference_steps=2, report_to="none", checkpointing_steps=6, lr_warmup_steps=0,
+                            learning_rate=1e-3, resume_from_checkpoint=resume)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, shuffle=True)
+    train_loop(config, model, make_noise_scheduler(), torch.optim.AdamW(model.parameters(), lr=1e-3), loader)
+    import os
+    weights = sum(parameter.double().sum().item() for parameter in model.parameters())
+    note = {"world": int(os.environ["WORLD_SIZE"]), "weights": weights, "seen": seen}
+    Path(f"{folder}-rank-{os.environ['RANK']}.json").write_text(json.dumps(note))
+
+launch(train, (sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None), num_processes=2)
+"""
+
+
+def test_random_transforms_of_a_users_loader_differ_by_epoch_and_resume_exactly_in_two_processes(tmp_path):
+    script = tmp_path / "transforms.py"
+    script.write_text(TRANSFORMS)
+    notes = {}
+    for name, extra in (("whole", []), ("resumed", [str(tmp_path / "whole" / "checkpoint-6")])):
+        arguments = [sys.executable, str(script), str(tmp_path / name), *extra]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        notes[name] = [json.loads((tmp_path / f"{name}-rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [note["world"] for note in notes["whole"]] == [2, 2]
+    both = [value for note in notes["whole"] for value in note["seen"]]
+    assert len(set(both)) == len(both) == 32, "two epochs of 16 pictures, each jittered in its own way"
+    assert [note["weights"] for note in notes["resumed"]] == [note["weights"] for note in notes["whole"]]

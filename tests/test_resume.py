@@ -186,6 +186,15 @@ def test_a_checkpoint_outside_the_output_folder_is_found_by_its_path(short_run, 
     assert_same_state(out / "checkpoint-20", short_run / "checkpoint-20")
 
 
+def test_going_back_sets_the_later_checkpoints_aside(short_run, tmp_path):
+    folder = copied(short_run, tmp_path)
+    back = dict(max_train_steps=20, checkpointing_steps=2, checkpoints_total_limit=2, learning_rate=5e-4)
+    assert main(words(folder, **back, resume_from_checkpoint="checkpoint-5")) == 0
+    assert [each.step for each in list_checkpoints(folder)] == [18, 20]
+    aside = sorted(path.name for path in folder.glob("abandoned-*"))
+    assert aside == ["abandoned-checkpoint-10", "abandoned-checkpoint-15", "abandoned-checkpoint-20"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "foreign", "old layout"])
 def test_a_damaged_or_foreign_checkpoint_is_named_and_nothing_is_lost(short_run, tmp_path, capsys, damage):
     folder = copied(short_run, tmp_path)
