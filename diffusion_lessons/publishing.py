@@ -62,12 +62,12 @@ def write_model_card(
     ModelCard(text).save(path)
     return path
 
-# %% ../nbs/19_publishing.ipynb #8a2d2b8e
+# %% ../nbs/19_publishing.ipynb #eddba592
 NOT_UPLOADED = ["checkpoint-*/**", "abandoned-checkpoint-*/**", "logs/**", ".*", ".*/**", "*.log"]
 
 
 def check_login(config: RunConfig) -> None:
-    """Raise InputError when an upload is wanted and would be refused: not logged in, or a name the Hub does not take."""
+    """Raise InputError when a wanted upload would be refused: not logged in, or a name the Hub does not take."""
     if not config.push_to_hub:
         return
     if not (config.hub_token or get_token()):
@@ -89,7 +89,8 @@ def push_to_hub(config: RunConfig) -> str:
     try:
         repository = api.create_repo(config.hub_model_id or folder.resolve().name, private=config.hub_private_repo,
                                      exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, ignore_patterns=[*NOT_UPLOADED, f"{config.logging_dir}/**"],
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder,
+                          ignore_patterns=[*NOT_UPLOADED, f"{config.logging_dir}/**"],
                           commit_message="Trained with Diffusion Lessons")
     except LocalTokenNotFoundError:
         raise InputError("--push_to_hub: not logged in; run `hf auth login`, then `hf upload NAME "
