@@ -1,0 +1,50 @@
+"""`make butterflies` itself, five minutes on two cores: runs with `make test-slow`."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DDPMPipeline
+from PIL import Image
+
+
+def pictures(grid: Path) -> np.ndarray:
+    """The sixteen pictures of a sample grid, (16, 64, 64, 3), as floats from 0 to 255."""
+    pixels = np.asarray(Image.open(grid).convert("RGB"), dtype=float)
+    return pixels.reshape(4, 64, 4, 64, 3).transpose(0, 2, 1, 3, 4).reshape(16, 64, 64, 3)
+
+
+def butterfly_marks(drawn: np.ndarray) -> dict[str, np.ndarray]:
+    """What makes a picture of a specimen: white corners, a dark body, two sides of one shape, room taken, antennae."""
+    edges = slice(0, 3), slice(-3, None)
+    corners = np.stack([drawn[:, rows, columns] for rows in edges for columns in edges], axis=1)
+    covered = drawn.min(axis=3) < 200
+    overlap = (covered & covered[:, :, ::-1]).sum((1, 2)) / (covered | covered[:, :, ::-1]).sum((1, 2))
+    return {
+        "white": corners.mean((1, 2, 3, 4)),
+        "body": drawn[:, 28:40, 30:34].mean((1, 2, 3)),
+        "covered": covered.mean((1, 2)),
+        "overlap": overlap,
+        "colour": np.stack([picture[mask].mean(0) for picture, mask in zip(drawn, covered, strict=True)]),
+    }
+
+
+@pytest.mark.slow
+def test_make_butterflies_draws_butterflies(checkout):
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")}
+    done = subprocess.run(["make", "butterflies"], cwd=checkout, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    folder = checkout / "outputs" / "butterflies"
+    grids = sorted((folder / "samples").glob("*.png"))
+    assert len(grids) == 3
+    marks = butterfly_marks(pictures(grids[-1]))
+    assert np.median(marks["white"]) > 240 and (marks["white"] > 225).mean() > 0.8, "clean white around them"
+    assert np.median(marks["body"]) < 110, "a dark body in the middle"
+    assert 0.2 < np.median(marks["covered"]) < 0.6, "wings fill a good part of the picture"
+    assert np.median(marks["overlap"]) > 0.75, "the two sides have one shape"
+    assert marks["colour"].std(0).max() > 15, "they differ in colour"
+    before = butterfly_marks(pictures(grids[0]))
+    assert np.median(marks["overlap"]) > np.median(before["overlap"]), "and they became clearer while it learned"
+    assert DDPMPipeline.from_pretrained(folder)(num_inference_steps=2).images[0].size == (64, 64)
