@@ -21,6 +21,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 butterflies: $(INSTALLED)  ## train the quick butterflies on the embedded set, into outputs/butterflies
 	$(BIN)/train-butterflies --preset quick --dataset_name meadow --output_dir outputs/butterflies
 
+# Every stage goes on where it was stopped; a finished one takes seconds.
+.PHONY: miniature
+miniature: $(INSTALLED)  ## train the embedded Stable Diffusion from nothing, part by part: hours on two cores
+	@for stage in clip autoencoder unet decoder judge; do \
+	  echo "── $$stage ──"; \
+	  $(BIN)/python -m diffusion_lessons.miniature $$stage --resume_from_checkpoint latest || exit; \
+	done
+	$(BIN)/python -m diffusion_lessons.miniature assemble
+	$(BIN)/python -m diffusion_lessons.miniature measure
+
 # ── tests ────────────────────────────────────────────────────────────────────────────────
 
 # Every step runs, also after one that failed, and the summary of pytest comes last.

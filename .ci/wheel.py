@@ -1,4 +1,4 @@
-"""Build the package, install the wheel into a fresh environment outside the checkout, and train five steps with it.
+"""Build the package, install the wheel into a fresh environment outside the checkout, train and draw with it.
 
 Installing torch a second time would cost a minute and gigabytes. The fresh environment therefore borrows the
 dependencies: a `.pth` file appends the site-packages of the environment that runs this. The project itself cannot be
@@ -28,6 +28,14 @@ for text in wheel.requires:
         assert needed.specifier.contains(found, prereleases=True), f"{text} is not met by {found}"
 print("from the wheel:", diffusion_lessons.__file__)
 """
+DRAW = """
+from diffusion_lessons import miniature
+pipeline = miniature.load()
+picture = pipeline("a photo of a red butterfly on snow", num_inference_steps=5).images[0]
+assert picture.size == (64, 64) and len(picture.getcolors(64 * 64)) > 100, "an empty picture"
+print("drawn by", miniature.path())
+"""
+WHEEL_LIMIT = 25_000_000  # bytes; the miniature is most of it
 
 
 def run(*command: str | Path, cwd: Path, quiet: bool = False) -> None:
@@ -47,6 +55,9 @@ def main() -> None:
         # Wheel from source distribution from checkout: what either leaves out is missing below.
         run(sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT, cwd=folder, quiet=True)
         wheel = next((folder / "dist").glob("*.whl"))
+        size = wheel.stat().st_size
+        assert size <= WHEEL_LIMIT, f"the wheel has {size:,} bytes, more than {WHEEL_LIMIT:,}"
+        print(f"{wheel.name}: {size / 1e6:.1f} MB")
         run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
         programs = folder / "venv" / "bin"
         run(programs / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
@@ -54,6 +65,7 @@ def main() -> None:
         borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
         (fresh / "borrowed-dependencies.pth").write_text("\n".join(sorted(borrowed)) + "\n", encoding="utf-8")
         run(programs / "python", "-c", WHERE, cwd=folder)
+        run(programs / "python", "-c", DRAW, cwd=folder)
         run(programs / "train-butterflies", "--help", cwd=folder, quiet=True)
         run(
             programs / "train-butterflies", "--preset", "quick", "--max_train_steps", "5", "--output_dir", "trained",

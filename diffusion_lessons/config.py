@@ -280,6 +280,14 @@ class CommandParser(HfArgumentParser):
     """HfArgumentParser that reports what it finds as an InputError, one line, with the closest flag as a hint."""
 
     def add_argument(self, *flags: str, fixed: bool = False, secret: bool = False, **settings: Any) -> Any:
+        kind = settings.get("type")
+        if kind in (int, float, str):  # "None" means None; which field may be None, the config's own check knows
+
+            def read(text: str) -> Any:
+                return None if text == "None" else kind(text)
+
+            read.__name__ = kind.__name__  # argparse names it in "invalid float value"
+            settings["type"] = read
         return super().add_argument(*flags, **settings)  # argparse knows nothing of our two marks
 
     def error(self, message: str) -> None:

@@ -24,37 +24,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .batches import ImageSet
-from diffusion_lessons.checkpoints import (
-    CONFIG_NAME,
-    PROGRESS,
-    Checkpoint,
-    begin_folder,
-    check_output_dir,
-    clear_output_dir,
-    clear_partial,
-    compare_progress,
-    find_checkpoint,
-    latest_checkpoint,
-    load_generator,
-    load_weights,
-    lock_output_dir,
-    prune_checkpoints,
-    save_generator,
-    seal_folder,
-    set_aside_later,
-    write_json,
-)
+from .checkpoints import CONFIG_NAME, PROGRESS, Checkpoint, begin_folder
+from .checkpoints import check_output_dir, clear_output_dir, clear_partial
+from .checkpoints import compare_progress, find_checkpoint, latest_checkpoint
+from .checkpoints import load_generator, load_weights, lock_output_dir
+from .checkpoints import prune_checkpoints, save_generator, seal_folder
+from .checkpoints import set_aside_later, write_json
 from .commands import RunFailed, StopSignals, one_line
 from .config import RunConfig, public_fields, save_config
 from .devices import forget_accelerator, make_accelerator, on_main, out_of_memory_text
-from diffusion_lessons.optimization import (
-    count_steps,
-    make_ema,
-    make_schedule,
-    mixed_seed,
-    repeatable,
-    schedule_warning,
-)
+from .optimization import count_steps, make_ema, make_schedule, mixed_seed
+from .optimization import repeatable, schedule_warning
 from .tracking import LossLog, log_image, say, start_tracker
 
 # %% ../nbs/21_training.ipynb #f96289b0
@@ -139,7 +119,7 @@ class Run:
         """Write the config into the output folder, start the tracker, and say what is about to happen."""
         if self.is_main:
             save_config(self.config, self.output_dir / CONFIG_NAME)
-        start_tracker(self.accelerator, self.config, self.command, self.global_step)
+        start_tracker(self.accelerator, self.config, self.command.split()[-1], self.global_step)
         if self._aside is not None:  # the finished run that this one replaces
             shutil.rmtree(self._aside, ignore_errors=True)
         if self.is_main:
@@ -205,6 +185,19 @@ class Run:
             before = self.global_step - (self.global_step - 1) % self.steps_per_epoch - 1
             return 3 * self.global_step // self.total_steps > 3 * before // self.total_steps
         return (self.epoch + 1) % every == 0 or self.global_step >= self.total_steps
+
+    def sample_due(self, every: int) -> Path | None:
+        """Return where the samples of this step go, or None when none are due: once, every so many optimizer steps.
+
+        A run that was stopped right after such a step has its checkpoint and not yet its samples; asked when it is
+        resumed, this tells.
+        """
+        path = self.output_dir / "samples" / f"step-{self.global_step:06d}.png"
+        due = self.accelerator.sync_gradients and self.global_step > 0 and self.global_step % every == 0
+        if not (due and self.is_main) or path.exists():
+            return None
+        path.parent.mkdir(exist_ok=True)
+        return path
 
     def accumulate(self) -> contextlib.AbstractContextManager:
         """The context of one micro-step: gradients are exchanged and applied only in the last of each group."""
@@ -406,7 +399,8 @@ class Run:
         newest, _ = latest_checkpoint(self.output_dir)
         if newest is None:
             return "There is no checkpoint yet"
-        words = [self.command, "--config", str(self.output_dir / CONFIG_NAME), "--resume_from_checkpoint", "latest"]
+        words = [*shlex.split(self.command), "--config", str(self.output_dir / CONFIG_NAME)]
+        words += ["--resume_from_checkpoint", "latest"]
         words += ["--num_processes", str(self.num_processes)] if self.num_processes > 1 else []
         return f"Last good checkpoint: {newest.path.name}; go on with: {shlex.join(words)}"
 
@@ -419,7 +413,8 @@ def start_run(
     """Open a training run for a `with` block; nothing touches a device before.
 
     models: what is trained, by component name (`unet`); saved under that name. lr_scheduler: None builds the right one.
-    num_epochs: passes over the data, where config.max_train_steps does not decide. command: how a shell starts it.
+    num_epochs: passes over the data, where config.max_train_steps does not decide. command: how a shell starts it; its
+    last word names the group of runs in a tracker.
 
     Raises InputError for an output folder or checkpoint that cannot be used, RunFailed when the run cannot go on,
     Interrupted or Terminated after a signal, with a checkpoint written.

@@ -203,3 +203,11 @@ def test_presets_name_only_fields_that_exist_and_build():
 def test_paths_with_spaces_and_other_scripts_survive(tmp_path):
     folder = Path(tmp_path) / "나비 사진"
     assert parse("--output_dir", str(folder)).output_dir == str(folder)
+
+
+def test_none_can_be_said_on_the_command_line():
+    assert parse("--snr_gamma", "None", "--max_train_steps", "None", "--preset", "quick").max_train_steps is None
+    with pytest.raises(InputError, match="--train_batch_size None: must be int"):
+        parse("--train_batch_size", "None")
+    with pytest.raises(InputError, match="invalid float value: 'none'"):
+        parse("--snr_gamma", "none")

@@ -1,0 +1,56 @@
+"""Loading trained parts: every weight from the file, or a line that says why not."""
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusion_lessons.checkpoints import load_part
+from diffusion_lessons.config import InputError
+from diffusion_lessons.unet import make_unet
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A network of diffusers and one of transformers, as `save_pretrained` writes them, in 16 bits."""
+    home = tmp_path_factory.mktemp("parts")
+    make_unet("tiny-16", seed=0).half().save_pretrained(home / "unet")
+    text = CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                          vocab_size=50)  # fmt: skip
+    CLIPTextModel(text).half().save_pretrained(home / "text")
+    return home
+
+
+KINDS = {"unet": UNet2DModel, "text": CLIPTextModel}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_part_is_read_in_32_bits(parts, name):
+    part, reference = load_part(KINDS[name], parts / name, ""), KINDS[name].from_pretrained(parts / name)
+    assert {each.dtype for each in part.parameters()} == {torch.float32}
+    for read, stored in zip(part.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(read, stored.float())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damage_is_said_in_one_line(parts, tmp_path, name, capfd):
+    with pytest.raises(InputError, match="nowhere: is missing; try again"):
+        load_part(KINDS[name], tmp_path / "nowhere", "try again")
+    shutil.copytree(parts / name, tmp_path / name)
+    weights = next((tmp_path / name).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=f"{name}: cannot be read as a {KINDS[name].__name__}"):
+        load_part(KINDS[name], tmp_path / name, "try again")
+    weights.unlink()
+    with pytest.raises(InputError, match=f"{name}: cannot be read as a"):
+        load_part(KINDS[name], tmp_path / name, "try again")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name, kind", [("unet", AutoencoderKL), ("unet", CLIPTextModel), ("text", UNet2DModel)])
+def test_gaps_are_not_filled_with_random_numbers(parts, name, kind, capfd):
+    with pytest.raises(InputError, match=f"{name}: (is another model's|cannot be read)"):
+        load_part(kind, parts / name, "try again")
+    assert "newly initialized" not in capfd.readouterr().err, "one line of ours instead of a page of the library's"
