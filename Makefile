@@ -21,7 +21,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 butterflies: $(INSTALLED)  ## train the quick butterflies on the embedded set, into outputs/butterflies
 	$(BIN)/train-butterflies --preset quick --dataset_name meadow --output_dir outputs/butterflies
 
-# Every stage goes on where it was stopped; a finished one takes seconds.
+# Every stage goes on where it was stopped. A finished one ends at once, but for the UNet's, which first encodes the
+# pictures again (two minutes on one core); what is measured is measured anew.
 .PHONY: miniature
 miniature: $(INSTALLED)  ## train the embedded Stable Diffusion from nothing, part by part: hours on two cores
 	@for stage in clip autoencoder unet decoder judge; do \

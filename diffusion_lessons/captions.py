@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'HELD_OUT', 'UNSAID', 'CONTEXT', 'encode_attributes', 'to_caption', 'Said', 'all_captions', 'say_some',
-           'join_pair', 'split_word', 'base_tokens', 'learn_merges', 'train_tokenizer', 'tokenize', 'shipped',
-           'CaptionedSet', 'render_scenes', 'StageConfig', 'training_scenes']
+           'join_pair', 'split_word', 'base_tokens', 'learn_merges', 'train_tokenizer', 'tokenize', 'load_tokenizer',
+           'shipped', 'CaptionedSet', 'render_scenes', 'StageConfig', 'training_scenes']
 
 # %% ../nbs/24_captions.ipynb #9c78d8c3
 import hashlib
 import itertools
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from .batches import ImageSet
+from .checkpoints import atomic_folder
 from .config import InputError, RunConfig, option, require
 from .images import dataset_source, decoded
 from .meadow import COLOURS, KINDS, PLACES, scenes
@@ -195,6 +195,20 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     return tokenizer(list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
                      return_tensors="pt").input_ids
 
+
+def load_tokenizer(folder: str | Path, remedy: str) -> CLIPTokenizer:
+    """Read a saved tokenizer; raises InputError, ending with `remedy`, when it cannot be read.
+
+    Of a folder without a vocabulary transformers would make a tokenizer that knows nothing.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise InputError(f"{folder}: has no vocabulary (tokenizer.json); {remedy}")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exceptions for what it cannot parse
+        raise InputError(f"{folder}: cannot be read ({error.__class__.__name__}); {remedy}") from None
+
 # %% ../nbs/24_captions.ipynb #92631589
 def shipped(part: str) -> Path:
     """The folder of a trained part that comes with the package: `miniature`, `miniature/clip`, `judge`, `record` …
@@ -245,10 +259,8 @@ def render_scenes(
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):
             if not place.exists():
-                partial = place.with_name(f"{place.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                scenes(num_images, size, seed, exclude=exclude).save_to_disk(partial)
-                os.rename(partial, place)
+                with atomic_folder(place) as partial:
+                    scenes(num_images, size, seed, exclude=exclude).save_to_disk(partial)
         drawn = datasets.load_from_disk(place)
     # Decoded pictures have their channels last in memory; a stack would inherit that, and convolutions here be slower.
     pixels = np.stack([np.ascontiguousarray(each) for each in decoded(dataset_source(drawn, "meadow"), size, "crop")])

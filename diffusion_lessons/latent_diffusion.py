@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .autoencoder import encode_moments, load_autoencoder, weights_fingerprint
-from .captions import HELD_OUT, CaptionedSet, StageConfig, all_captions, say_some
-from .captions import tokenize, training_scenes
+from .captions import HELD_OUT, CaptionedSet, StageConfig, all_captions, load_tokenizer
+from .captions import say_some, tokenize, training_scenes
 from .checkpoints import atomic_folder, load_part
 from .clip import TEXT_WIDTH
-from .config import InputError, option, require
+from .config import option, require
 from .figures import make_grid
 from .meadow import caption
 from .noise import denoising_loss, noise_batch
@@ -37,16 +37,9 @@ from .training import Run, start_run
 # %% ../nbs/28_latent_diffusion.ipynb #a467604b
 def load_frozen_parts(model_dir: str | Path) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
     """The parts of a model folder that the UNet's training needs and leaves alone, in 32 bits."""
-    vae, folder = load_autoencoder(model_dir), Path(model_dir) / "tokenizer"
-    remedy = "name another --model_dir, or run the stage `clip`"
+    vae, remedy = load_autoencoder(model_dir), "name another --model_dir, or run the stage `clip`"
     text_encoder = load_part(CLIPTextModel, Path(model_dir) / "text_encoder", remedy)
-    if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
-        # transformers would take an empty one and say nothing
-        raise InputError(f"{folder}: has no vocabulary (tokenizer.json); {remedy}")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises plain Exceptions for what it cannot parse
-        raise InputError(f"{folder}: cannot be read ({error.__class__.__name__}); {remedy}") from None
+    tokenizer = load_tokenizer(Path(model_dir) / "tokenizer", remedy)
     return vae.requires_grad_(False), text_encoder.requires_grad_(False), tokenizer
 
 # %% ../nbs/28_latent_diffusion.ipynb #ce5e1067

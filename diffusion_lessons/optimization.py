@@ -18,7 +18,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from .config import InputError, RunConfig
@@ -118,9 +118,9 @@ class SeededDataset(Dataset):
 
 
 def repeatable(dataloader: DataLoader, seed: int) -> DataLoader:
-    """Return a loader over the same data whose random transforms can be resumed; an ImageSet has none and stays."""
+    """Return a loader over the same data whose random transforms can be resumed; what has none stays as it is."""
     dataset = dataloader.dataset
-    if isinstance(dataset, ImageSet | torch.utils.data.IterableDataset):
+    if isinstance(dataset, ImageSet | TensorDataset | torch.utils.data.IterableDataset):
         return dataloader
     if dataloader.batch_size is None and dataloader.batch_sampler is not None:
         batching = {"batch_sampler": dataloader.batch_sampler}

@@ -41,10 +41,17 @@ def test_damage_is_said_in_one_line(parts, tmp_path, name, capfd):
     shutil.copytree(parts / name, tmp_path / name)
     weights = next((tmp_path / name).glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match=f"{name}: cannot be read as a {KINDS[name].__name__}"):
+    with pytest.raises(InputError, match=f"{name}: is damaged: {weights.name} is cut off"):
         load_part(KINDS[name], tmp_path / name, "try again")
     weights.unlink()
-    with pytest.raises(InputError, match=f"{name}: cannot be read as a"):
+    with pytest.raises(InputError, match=rf"{name}: is incomplete: it has no \*.safetensors"):
+        load_part(KINDS[name], tmp_path / name, "try again")
+    shutil.copytree(parts / name, tmp_path / name, dirs_exist_ok=True)
+    (tmp_path / name / "config.json").write_text("{")
+    with pytest.raises(InputError, match=f"{name}: cannot be read as a {KINDS[name].__name__}"):
+        load_part(KINDS[name], tmp_path / name, "try again")
+    (tmp_path / name / "config.json").unlink()
+    with pytest.raises(InputError, match=f"{name}: is incomplete: it has no config.json"):
         load_part(KINDS[name], tmp_path / name, "try again")
     assert "Traceback" not in capfd.readouterr().err
 

@@ -24,6 +24,7 @@ from diffusion_lessons.latent_diffusion import draw
 from diffusion_lessons.meadow import KINDS, TRIPLES, caption
 
 TRAINED = ("clip", "autoencoder", "unet", "decoder")
+PARTS = ("scheduler", "tokenizer", *miniature.NETWORKS)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def copy(tmp_path) -> Path:
 def test_the_model_folder_is_small_and_complete():
     sizes = [file.stat().st_size for file in miniature.path().rglob("*") if file.is_file()]
     assert sum(sizes) <= 20_000_000
-    assert {"model_index.json", "clip", *miniature.PARTS} <= {each.name for each in miniature.path().iterdir()}
+    assert {"model_index.json", "clip", *PARTS} <= {each.name for each in miniature.path().iterdir()}
     assert not list(miniature.path().rglob("*.bin")), "nothing that could execute code when loaded"
 
 
@@ -216,10 +217,11 @@ def refusal(folder: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("part", miniature.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_missing_part_is_named(copy, part):
     shutil.rmtree(copy / part)
-    assert f"`{part}` is missing" in refusal(copy)
+    named = {"scheduler": "scheduler/scheduler_config.json: is missing", "tokenizer": "tokenizer: has no vocabulary"}
+    assert named.get(part, f"{part}: is missing") in refusal(copy)
 
 
 @pytest.mark.parametrize("part, file", [("unet", "diffusion_pytorch_model.safetensors"),
@@ -229,24 +231,30 @@ def test_a_damaged_part_is_named(copy, part, file):
     weights = copy / part / file
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    assert f"`{part}` is damaged: {file}" in refusal(copy)
+    assert f"{part}: is damaged: {file}" in refusal(copy)
     weights.write_bytes(b"")
-    assert f"`{part}` is damaged" in refusal(copy)
+    assert f"{part}: is damaged: {file}" in refusal(copy)
     weights.unlink()
-    assert f"`{part}` is incomplete: it has no *.safetensors" in refusal(copy)
+    assert f"{part}: is incomplete: it has no *.safetensors" in refusal(copy)
 
 
 def test_other_damage_is_named(copy, tmp_path):
     (copy / "scheduler" / "scheduler_config.json").write_text("{")
-    assert "`scheduler` is damaged" in refusal(copy)
-    assert "no model_index.json" in refusal(tmp_path / "nothing here")
+    assert "scheduler_config.json: is missing or damaged" in refusal(copy)
+    assert "model_index.json: is missing or damaged" in refusal(tmp_path / "nothing here")
 
 
 @pytest.mark.parametrize("part, file", [("tokenizer", "tokenizer.json"), ("scheduler", "scheduler_config.json"),
                                         ("unet", "config.json"), ("text_encoder", "config.json")])  # fmt: skip
 def test_a_part_without_one_of_its_files_is_named(copy, part, file):
     (copy / part / file).unlink()
-    assert f"`{part}` is incomplete: it has no {file}" in refusal(copy)
+    said = refusal(copy)
+    assert part in said and file in said
+
+
+def test_a_damaged_vocabulary_is_named(copy):
+    (copy / "tokenizer" / "tokenizer.json").write_text("{")
+    assert "tokenizer: cannot be read" in refusal(copy)
 
 
 def test_weights_of_another_model_are_refused(copy, capfd):
@@ -268,10 +276,10 @@ def test_a_folder_in_16_bits_is_loaded_in_32(copy):
 
 def test_a_damaged_clip_is_named(copy):
     (copy / "clip" / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="`clip` is damaged: model.safetensors"):
+    with pytest.raises(InputError, match="clip: is damaged: model.safetensors"):
         miniature.load_clip(copy)
     shutil.rmtree(copy / "clip")
-    with pytest.raises(InputError, match="`clip` is missing"):
+    with pytest.raises(InputError, match="clip: is missing"):
         miniature.load_clip(copy)
 
 
