@@ -174,9 +174,9 @@ def train_diffusion(config: DiffusionConfig) -> list[float]:
     vae, text_encoder, tokenizer = load_frozen_parts(config.model_dir)
     model = load_unet(config.start_from) if config.start_from else make_text_unet(config.seed)
     noise_scheduler, sentences = make_latent_scheduler(), encode_prompts(text_encoder, tokenizer, all_captions())
-    latents = latent_set(vae, training_scenes(config))
-    latents.fingerprint += f" {weights_fingerprint(text_encoder)}"
-    loader = DataLoader(latents, config.train_batch_size, shuffle=True, num_workers=config.dataloader_num_workers)
+    encoded = latent_set(vae, training_scenes(config))
+    encoded.fingerprint += f" {weights_fingerprint(text_encoder)}"
+    loader = DataLoader(encoded, config.train_batch_size, shuffle=True, num_workers=config.dataloader_num_workers)
     optimizer = make_optimizer(model.parameters(), config)
     pipeline = make_pipeline(vae, text_encoder, tokenizer, model, noise_scheduler)
     command = "python -m diffusion_lessons.miniature unet"
