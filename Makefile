@@ -21,6 +21,18 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 butterflies: $(INSTALLED)  ## train the quick butterflies on the embedded set, into outputs/butterflies
 	$(BIN)/train-butterflies --preset quick --dataset_name meadow --output_dir outputs/butterflies
 
+# Twice the same training, with and without the class, then one sheet: same prompts, same noise, three models.
+PROMPTS := "a photo of a sks butterfly on snow" "a photo of a sks butterfly on night" \
+           "a photo of a sks butterfly on sea" "a photo of a butterfly"
+.PHONY: dreambooth
+dreambooth: $(INSTALLED)  ## teach the embedded model one odd butterfly; the sheet is outputs/dreambooth/comparison.png
+	$(BIN)/train-dreambooth --preset quick --output_dir outputs/dreambooth
+	$(BIN)/train-dreambooth --preset quick --with_prior_preservation False --fidelity_model none --validation_steps 800 \
+	  --output_dir outputs/dreambooth-without-prior
+	$(BIN)/generate-images --model_path miniature --compare_to outputs/dreambooth outputs/dreambooth-without-prior \
+	  --instance_data_dir meadow --prompt $(PROMPTS) --num_images 4 --num_inference_steps 25 --guidance_scale 5 \
+	  --batch_size 16 --output_dir outputs/dreambooth
+
 # Every stage goes on where it was stopped. A finished one ends at once, but for the UNet's, which first encodes the
 # pictures again (two minutes on one core); what is measured is measured anew.
 .PHONY: miniature

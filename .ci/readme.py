@@ -11,7 +11,7 @@ NBS = "nbs"
 IMAGES = "index_files"  # the figures of the index, beside README.md
 NOTE = f"<!-- made by `make readme` from {NBS}/index.ipynb; edit that -->\n"
 RELATIVE = re.compile(rf"(\]\(|<img[^>]*\ssrc=\")(?![a-z]+:|#|/|{IMAGES}/)([^)\"\s]+)")
-DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 
 
 def visible(cell) -> bool:

@@ -73,6 +73,16 @@ def main() -> None:
         )  # fmt: skip
         for name in ("model_index.json", "training_config.json", "README.md"):
             assert (folder / "trained" / name).is_file(), f"the run left no {name}"
+        run(
+            programs / "train-dreambooth", "--preset", "quick", "--lora", "--with_prior_preservation", "False",
+            "--fidelity_model", "none", "--validation_steps", "100", "--max_train_steps", "2",
+            "--output_dir", "adapter", cwd=folder,
+        )  # fmt: skip
+        run(
+            programs / "generate-images", "--lora_weights", "adapter", "--prompt", "a photo of a sks butterfly",
+            "--num_images", "1", "--num_inference_steps", "3", "--output_dir", "drawn", cwd=folder,
+        )  # fmt: skip
+        assert (folder / "drawn" / "0000.png").is_file(), "generate-images drew nothing"
 
 
 if __name__ == "__main__":

@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['grid_shape', 'evaluate', 'train_loop', 'prepare_batch', 'look_and_save', 'publish', 'build_model', 'load_pipeline',
-           'load_data', 'train', 'measure_micro_step', 'dry_run', 'check_before_work', 'run_butterflies', 'hide_token',
-           'main']
+           'load_data', 'train', 'measure_micro_step', 'dry_run', 'check_before_work', 'run_butterflies', 'main']
 
 # %% ../nbs/22_butterflies.ipynb #4c0795eb
 import math
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +18,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .checkpoints import check_output_dir
-from .commands import launch, one_line, run_command
-from .config import PRESETS, InputError, LaunchOptions, TrainingConfig, parse_command_line, require
-from .devices import choose_precision
+from .commands import launch, one_line, training_command
+from .config import PRESETS, InputError, LaunchOptions, TrainingConfig, require
+from .devices import check_processes, choose_precision, enable_xformers
+from .devices import seconds_per_micro_step, training_memory
 from .figures import make_grid
 from .images import ImageSet, load_images, make_dataloader, random_flip, to_model_range
 from .noise import denoising_loss, make_noise_scheduler, noise_batch
@@ -136,11 +134,7 @@ def build_model(config: TrainingConfig) -> tuple[UNet2DModel, DDPMScheduler]:
     else:
         model, scheduler = load_pipeline(config.pretrained_model_name_or_path, config.image_size)
     if config.enable_xformers_memory_efficient_attention and model.device.type != "meta":
-        try:
-            model.enable_xformers_memory_efficient_attention()
-        except (ImportError, ModuleNotFoundError, ValueError) as error:
-            raise InputError(f"--enable_xformers_memory_efficient_attention: {one_line(error, 150)}; leave it out, "
-                             "PyTorch's own attention is as fast") from None
+        enable_xformers(model)
     return model, scheduler
 
 
@@ -179,22 +173,15 @@ def measure_micro_step(config: TrainingConfig, images: ImageSet, repeats: int = 
     model, noise_scheduler = build_model(config)
     optimizer, generator = make_optimizer(model.to(device).parameters(), config), torch.Generator(device).manual_seed(0)
     batch = images.__getitems__([index % len(images) for index in range(config.train_batch_size)])["images"]
-    for step in range(repeats + 1):
+
+    def loss_of() -> torch.Tensor:
         noised = noise_batch(to_model_range(batch, device), noise_scheduler, generator)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             prediction = model(noised.noisy_images, noised.timesteps, return_dict=False)[0]
-        loss = denoising_loss(prediction.float(), noised.target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for the device, or the clock would stop too early
-        if step == 0:  # the first step pays for start-up
-            begin = time.perf_counter()
-    seconds = (time.perf_counter() - begin) / repeats
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    averages = weights * config.use_ema
-    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else weights * 4  # + gradients, moments
-    return seconds, (held + averages) / 2**30, count_parameters(model)
+        return denoising_loss(prediction.float(), noised.target)
+
+    seconds = seconds_per_micro_step(loss_of, optimizer, repeats)
+    return seconds, training_memory([model], device, config.use_ema), count_parameters(model)
 
 
 def dry_run(config: TrainingConfig, images: ImageSet, num_processes: int = 1) -> str:
@@ -227,31 +214,13 @@ def run_butterflies(config: TrainingConfig, options: LaunchOptions) -> None:
     if options.dry_run:
         print(dry_run(config, images, options.num_processes))
         return
-    gpus = torch.cuda.device_count()  # asks the driver, and starts nothing that a fork could not bear
-    require(gpus == 0 or options.num_processes <= gpus, "num_processes", options.num_processes,
-            f"this machine has {gpus} GPUs; take at most {gpus}")
+    check_processes(options.num_processes)
     launch(train, (config, images), options.num_processes)
-
-
-def hide_token(words: Sequence[str]) -> list[str]:
-    """Return the words of a command without the value of `--hub_token`, for trackers that record how a run began."""
-    return ["***" if index and words[index - 1].replace("-", "_") == "__hub_token"
-            else word.split("=")[0] + "=***" if word.replace("-", "_").startswith("__hub_token=") else word
-            for index, word in enumerate(words)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `train-butterflies`; returns its exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    folder: list[Path] = []
-
-    def run() -> None:
-        config, options = parse_command_line(words, TrainingConfig, PRESETS, "train-butterflies")
-        sys.argv[1:] = hide_token(sys.argv[1:])
-        folder.append(Path(config.output_dir) / config.logging_dir)
-        run_butterflies(config, options)
-
-    return run_command("train-butterflies", run, lambda: folder[0] if folder and folder[0].is_dir() else None)
+    return training_command("train-butterflies", TrainingConfig, PRESETS, run_butterflies, argv)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a learner's kernel

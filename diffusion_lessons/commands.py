@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunFailed', 'Interrupted', 'Terminated', 'write_error_log', 'one_line', 'run_command', 'StopSignals', 'free_port',
-           'launch', 'front_door', 'train_butterflies']
+           'launch', 'front_door', 'train_butterflies', 'hide_token', 'training_command']
 
 # %% ../nbs/02_commands.ipynb #fce5a585
 import importlib
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .config import PRESETS, InputError, TrainingConfig, parse_command_line
+from .config import PRESETS, InputError, LaunchOptions, RunConfig, TrainingConfig, parse_command_line
 
 # %% ../nbs/02_commands.ipynb #17081f54
 class RunFailed(RuntimeError):
@@ -190,3 +190,30 @@ def train_butterflies() -> int:
         return parse_command_line(words, TrainingConfig, PRESETS, "train-butterflies")
 
     return front_door("train-butterflies", read, "diffusion_lessons.butterflies")
+
+# %% ../nbs/02_commands.ipynb #7d0be40c
+def hide_token(words: Sequence[str]) -> list[str]:
+    """Return the words of a command without the value of `--hub_token`, for trackers that record how a run began."""
+    return ["***" if index and words[index - 1].replace("-", "_") == "__hub_token"
+            else word.split("=")[0] + "=***" if word.replace("-", "_").startswith("__hub_token=") else word
+            for index, word in enumerate(words)]
+
+
+def training_command(
+    prog: str, config_class: type[RunConfig], presets: dict[str, dict[str, Any]],
+    work: Callable[[Any, LaunchOptions], None], argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the words of a training command and do the work; returns the exit code.
+
+    work: gets the config and how to launch it. argv: the words, by default those of this process.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    folder: list[Path] = []
+
+    def run() -> None:
+        config, options = parse_command_line(words, config_class, presets, prog)
+        sys.argv[1:] = hide_token(sys.argv[1:])
+        folder.append(Path(config.output_dir) / config.logging_dir)
+        work(config, options)
+
+    return run_command(prog, run, lambda: folder[0] if folder and folder[0].is_dir() else None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LR_SCHEDULERS', 'TRACKERS', 'PRESETS', 'Config', 'InputError', 'closest', 'option', 'check_type', 'require',
            'RunConfig', 'TrainingConfig', 'read_config_file', 'public_fields', 'save_config', 'load_config',
-           'LaunchOptions', 'CommandParser', 'parse_command_line']
+           'LaunchOptions', 'CommandParser', 'given_fields', 'parse_command_line']
 
 # %% ../nbs/01_config.ipynb #4a16123d
 import difflib
@@ -59,6 +59,12 @@ def _allowed_types(annotation: Any) -> tuple[tuple[type, ...], tuple[Any, ...]]:
 def check_type(name: str, value: Any, annotation: Any) -> Any:
     """Return `value` as the field's type wants it (an int becomes a float, the text '1e-4' too) or raise InputError."""
     plain, values = _allowed_types(annotation)
+    lists = [kind for kind in plain if get_origin(kind) is list]
+    if lists and isinstance(value, str | list | tuple):  # a single text is a list of one
+        words = [value] if isinstance(value, str) else list(value)
+        require(bool(words) and all(isinstance(word, str) for word in words), name, value, "must be texts")
+        return words
+    plain = tuple(kind for kind in plain if kind not in lists)
     if value is False and "no" in values:
         return "no"  # YAML 1.1 reads a bare `no` as false
     if value in values or (value is None and NoneType in plain) or (bool in plain and isinstance(value, bool)):
@@ -82,7 +88,7 @@ def require(holds: bool, name: str, value: Any, remedy: str) -> None:
 
 # %% ../nbs/01_config.ipynb #d3652b82
 LR_SCHEDULERS = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-TRACKERS = Literal["tensorboard", "wandb", "trackio", "none"]
+TRACKERS = Literal["tensorboard", "wandb", "trackio", "comet_ml", "all", "none"]
 
 
 @dataclass
@@ -144,7 +150,8 @@ class RunConfig:
         for name in ("learning_rate", "max_grad_norm", "ema_inv_gamma"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         for name in ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "seed"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "must be 0 or more")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "min_lr_rate"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
         require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
@@ -297,6 +304,14 @@ class CommandParser(HfArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
+def given_fields(argv: Sequence[str], classes: Sequence[type], prog: str) -> dict[str, Any]:
+    """The fields that a command's words set, by name, and no others; raises InputError for what the parser finds."""
+    parser = CommandParser(list(classes), prog=prog, allow_abbrev=False)
+    names = [each.name for kind in classes for each in fields(kind)]
+    given = vars(parser.parse_args(list(argv), Namespace(**dict.fromkeys(names, MISSING))))
+    return {name: value for name, value in given.items() if value is not MISSING}
+
+
 def parse_command_line(
     argv: Sequence[str], config_class: type[Config], presets: dict[str, dict[str, Any]], prog: str
 ) -> tuple[Config, LaunchOptions]:
@@ -305,10 +320,7 @@ def parse_command_line(
     argv: the words after the command. presets: values by preset name. prog: the command's name, for `--help`.
     Raises InputError for anything that the parser, the file or the config's own checks find.
     """
-    parser = CommandParser([config_class, LaunchOptions], prog=prog, allow_abbrev=False)
-    names = [each.name for each in (*fields(config_class), *fields(LaunchOptions))]
-    given = vars(parser.parse_args(list(argv), Namespace(**dict.fromkeys(names, MISSING))))
-    typed = {name: value for name, value in given.items() if value is not MISSING}
+    typed = given_fields(argv, (config_class, LaunchOptions), prog)
     launch = LaunchOptions(**{each.name: typed.pop(each.name) for each in fields(LaunchOptions) if each.name in typed})
     if launch.preset is not None and launch.preset not in presets:
         raise InputError(f"--preset {launch.preset}: choose one of {', '.join(presets)}")

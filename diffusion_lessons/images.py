@@ -44,13 +44,18 @@ class Source(NamedTuple):
     open: Callable[[], Callable[[int], Any]]  # gives the function that fetches picture `i` for `open_image`
 
 
-def folder_source(folder: str | os.PathLike, num_images: int | None = None) -> Source:
-    """The picture files below a folder, with or without class folders, as `imagefolder` takes them."""
+def folder_source(
+    folder: str | os.PathLike, num_images: int | None = None, flag: str = "train_data_dir"
+) -> Source:  # fmt: skip
+    """The picture files below a folder, with or without class folders, as `imagefolder` takes them.
+
+    flag: what errors call the folder.
+    """
     folder = Path(folder).expanduser()
     problem = "is a file, not a folder" if folder.is_file() else "no such folder"
-    require(folder.is_dir(), "train_data_dir", folder, f"{problem}; name the folder that holds the pictures")
+    require(folder.is_dir(), flag, folder, f"{problem}; name the folder that holds the pictures")
     paths = find_images(folder)[:num_images]
-    require(bool(paths), "train_data_dir", folder, "no picture in it or its subfolders; add JPEG, PNG or WebP files")
+    require(bool(paths), flag, folder, "no picture in it or its subfolders; add JPEG, PNG or WebP files")
     states = [path.stat() if path.exists() else None for path in paths]
     key = [(str(path.absolute()), state and (state.st_size, state.st_mtime_ns))
            for path, state in zip(paths, states, strict=True)]  # fmt: skip

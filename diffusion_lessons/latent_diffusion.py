@@ -112,22 +112,24 @@ def check_drawing(size: int | None, num_inference_steps: int, guidance_scale: fl
 
 def draw(
     pipeline: StableDiffusionPipeline, prompts: Sequence[str], *, seed: int = 0, num_inference_steps: int = 25,
-    guidance_scale: float = 5.0, size: int | None = None, batch_size: int = 16,
+    guidance_scale: float = 5.0, size: int | None = None, batch_size: int = 16, seeds: Sequence[int] | None = None,
+    negative_prompt: str | None = None,
 ) -> Tensor:
     """One picture for each prompt: uint8 (N, 3, H, W), on the CPU. Picture i starts from the noise of `seed + i`.
 
-    size: side in pixels; by default the model's own. Raises InputError for numbers that cannot be used, and
-    where there is no list of prompts.
+    size: side in pixels; by default the model's own. seeds: one for each picture, instead of `seed`.
+    Raises InputError for numbers that cannot be used, and where there is no list of prompts.
     """
     require(len(prompts) > 0 and not isinstance(prompts, str), "prompts", repr(prompts), "give a list of sentences")
     check_drawing(size, num_inference_steps, guidance_scale)
-    batches = []
-    with evaluating(pipeline.unet):
+    seeds, batches = range(seed, seed + len(prompts)) if seeds is None else seeds, []
+    with evaluating(pipeline.unet), evaluating(pipeline.text_encoder):  # dropout would draw from a global generator
         for first in range(0, len(prompts), batch_size):
             some = list(prompts[first : first + batch_size])
-            generators = [torch.Generator().manual_seed(seed + first + index) for index in range(len(some))]
+            generators = [torch.Generator().manual_seed(each) for each in seeds[first : first + len(some)]]
+            avoided = None if negative_prompt is None else [negative_prompt] * len(some)
             floats = pipeline(some, size, size, generator=generators, num_inference_steps=num_inference_steps,
-                              guidance_scale=guidance_scale, output_type="pt").images
+                              guidance_scale=guidance_scale, negative_prompt=avoided, output_type="pt").images.float()
             batches.append((floats * 255).round().to(torch.uint8).cpu())
     return torch.cat(batches)
 

@@ -8,6 +8,7 @@ __all__ = ['say', 'LossLog', 'check_tracker', 'run_name', 'start_tracker', 'log_
 # %% ../nbs/17_tracking.ipynb #7f2f21f9
 import importlib.util
 import math
+import os
 import secrets
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from .config import InputError, RunConfig, public_fields
 
 # %% ../nbs/17_tracking.ipynb #4d2e8b24
 def say(text: str) -> None:
-    """Print a line without tearing the progress bar."""
-    tqdm.write(text)
+    """Print a line without tearing the progress bar; of several processes only the first one prints."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text)
 
 
 class LossLog:
@@ -69,7 +71,7 @@ class LossLog:
 # %% ../nbs/17_tracking.ipynb #57cd7523
 def check_tracker(report_to: str) -> None:
     """Raise InputError when the chosen tracker's package is not installed; call it before anything is trained."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+    if report_to not in ("none", "all") and importlib.util.find_spec(report_to) is None:
         raise InputError(f"--report_to {report_to}: is not installed; pip install 'diffusion_lessons[{report_to}]'")
 
 
@@ -92,7 +94,8 @@ def start_tracker(accelerator: Accelerator, config: RunConfig, project: str, ste
     options = {"tensorboard": {"purge_step": step + 1 if step else None},
                "wandb": {"id": name, "name": name, "resume": "allow", "dir": str(folder)},
                "trackio": {"name": name, "resume": "allow"}}
-    shown = {name: value for name, value in public_fields(config).items() if value is not None}
+    shown = {name: " | ".join(value) if isinstance(value, list) else value
+             for name, value in public_fields(config).items() if value is not None}
     accelerator.init_trackers(project, config=shown, init_kwargs=options)
 
 
@@ -105,5 +108,5 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
             tracker.log({name: trackio.Image(image)}, step=step)
         elif tracker.name == "tensorboard":
             tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
-        else:
+        elif hasattr(tracker, "log_images"):  # some take numbers only
             tracker.log_images({name: [image]}, step=step)

@@ -16,7 +16,7 @@ from runs import assert_same_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffusion_lessons import miniature
+from diffusion_lessons import miniature, pretrained
 from diffusion_lessons.captions import HELD_OUT, encode_attributes, render_scenes, shipped
 from diffusion_lessons.config import InputError
 from diffusion_lessons.judge import judge_pictures, load_judge
@@ -24,7 +24,7 @@ from diffusion_lessons.latent_diffusion import draw
 from diffusion_lessons.meadow import KINDS, TRIPLES, caption
 
 TRAINED = ("clip", "autoencoder", "unet", "decoder")
-PARTS = ("scheduler", "tokenizer", *miniature.NETWORKS)
+PARTS = ("scheduler", "tokenizer", *pretrained.NETWORKS)
 
 
 @pytest.fixture(scope="module")

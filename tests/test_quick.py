@@ -1,4 +1,4 @@
-"""`make butterflies` itself, five minutes on two cores: runs with `make test-slow`."""
+"""`make butterflies` and `make dreambooth` themselves, minutes each on two cores: they run with `make test-slow`."""
 
 import os
 import subprocess
@@ -6,8 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import DDPMPipeline
+import torch
+from diffusers import DDPMPipeline, StableDiffusionPipeline
 from PIL import Image
+
+from diffusion_lessons.dreambooth.subject import instance_source, middle, read_pictures
+from diffusion_lessons.latent_diffusion import draw
+from diffusion_lessons.meadow import PLACES
+from diffusion_lessons.metrics import CLIPEncoder, diversity, prior_preservation, subject_fidelity
 
 
 def pictures(grid: Path) -> np.ndarray:
@@ -31,11 +37,17 @@ def butterfly_marks(drawn: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def make(target: str, checkout: Path) -> str:
+    """Run `make TARGET` with as many threads as it likes; return what it printed."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")}
+    done = subprocess.run(["make", target], cwd=checkout, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_make_butterflies_draws_butterflies(checkout):
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")}
-    done = subprocess.run(["make", "butterflies"], cwd=checkout, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    make("butterflies", checkout)
     folder = checkout / "outputs" / "butterflies"
     grids = sorted((folder / "samples").glob("*.png"))
     assert len(grids) == 3
@@ -48,3 +60,30 @@ def test_make_butterflies_draws_butterflies(checkout):
     before = butterfly_marks(pictures(grids[0]))
     assert np.median(marks["overlap"]) > np.median(before["overlap"]), "and they became clearer while it learned"
     assert DDPMPipeline.from_pretrained(folder)(num_inference_steps=2).images[0].size == (64, 64)
+
+
+def drawn_by(folder: Path, prompts: list[str]) -> torch.Tensor:
+    """Pictures of the prompts, by plain diffusers' pipeline."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return draw(pipeline, prompts, seed=100)
+
+
+@pytest.mark.slow
+def test_make_dreambooth_teaches_the_subject_and_the_prior_keeps_the_class(checkout):
+    from diffusion_lessons import miniature
+
+    said = make("dreambooth", checkout)
+    assert "keep checkpoint-" in said
+    tuned, collapsed = checkout / "outputs" / "dreambooth", checkout / "outputs" / "dreambooth-without-prior"
+    assert Image.open(tuned / "comparison.png").width > 1000
+    encode = CLIPEncoder()
+    real = encode(middle(read_pictures(instance_source("meadow", 64), 64), 64))
+    there = [f"a photo of a sks butterfly on {place}" for place in PLACES for _ in range(2)]
+    of_class = ["a photo of a butterfly"] * 12
+    folders = {"untouched": miniature.path(), "tuned": tuned, "collapsed": collapsed}
+    fidelity = {name: subject_fidelity(encode(drawn_by(folder, there)), real) for name, folder in folders.items()}
+    assert min(fidelity["tuned"], fidelity["collapsed"]) > fidelity["untouched"] + 0.03, fidelity
+    kept, lost = drawn_by(tuned, of_class), drawn_by(collapsed, of_class)
+    assert prior_preservation(encode(lost), real) > prior_preservation(encode(kept), real) + 0.05
+    assert diversity(kept, encode.distance) > 1.2 * diversity(lost, encode.distance)

@@ -1,0 +1,423 @@
+"""What reminds the model of the class: the loss by hand, the folder of class images, the table of what became of it."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from dreambooth_runs import CLASS, SUBJECT, class_folder
+from PIL import Image
+
+from diffusion_lessons import meadow, miniature
+from diffusion_lessons.config import InputError
+from diffusion_lessons.devices import forget_accelerator
+from diffusion_lessons.dreambooth import prior
+from diffusion_lessons.dreambooth.config import DreamBoothConfig
+from diffusion_lessons.dreambooth.prior import (
+    ABOUT,
+    GENERATED,
+    FidelityTable,
+    check_class_folder,
+    ensure_class_images,
+    generate_missing,
+    generation_recipe,
+    missing_numbers,
+    prior_preservation_loss,
+    recipe_key,
+    without_words,
+)
+from diffusion_lessons.metrics import CLIPEncoder
+from diffusion_lessons.noise import min_snr_weights
+from diffusion_lessons.pretrained import training_scheduler
+from diffusion_lessons.sampling import make_sampler
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return miniature.load()
+
+
+@pytest.fixture
+def accelerator():
+    made = Accelerator(cpu=True)
+    yield made
+    forget_accelerator(made)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pictures in one step of 32 px, from the same noise as ever; returns the seeds that were asked for."""
+    asked: list[int] = []
+
+    def draw(pipeline, prompts, *, seeds=None, seed=0, **settings):
+        asked.extend(seeds if seeds is not None else [])
+        settings |= {"num_inference_steps": 1, "size": 32}
+        return real_draw(pipeline, prompts, seeds=seeds, seed=seed, **settings)
+
+    real_draw = prior.draw
+    monkeypatch.setattr(prior, "draw", draw)
+    return asked
+
+
+def config(tmp_path: Path, **fields) -> DreamBoothConfig:
+    chosen = {"pretrained_model_name_or_path": "miniature", "instance_data_dir": "meadow", "instance_prompt": SUBJECT,
+              "class_prompt": CLASS, "class_data_dir": str(tmp_path / "class"), "with_prior_preservation": True,
+              "num_class_images": 5, "sample_batch_size": 2, "resolution": 32, "report_to": "none"}  # fmt: skip
+    return DreamBoothConfig(**chosen | fields)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_is_equation_2(size, weighted):
+    prediction, target = (torch.randn(2 * size, 4, 3, 3, generator=generator(seed)) for seed in (0, 1))
+    weights = torch.rand(2 * size, generator=generator(2)) + 0.1 if weighted else None
+    expected = 0.0
+    for half, factor in ((range(size), 1.0), (range(size, 2 * size), 0.3)):
+        for index in half:
+            error = float((prediction[index] - target[index]).square().mean())
+            expected += factor * error * (float(weights[index]) if weighted else 1.0) / size
+    assert float(prior_preservation_loss(prediction, target, weights, 0.3)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_min_snr_weighs_each_half_by_its_own_timesteps(pipeline):
+    """At batch size 1 a weight that strayed to the other half would still give a number."""
+    alphas_cumprod = training_scheduler(pipeline).alphas_cumprod
+    weights = min_snr_weights(torch.tensor([0, 900]), alphas_cumprod, 5.0, "epsilon")
+    assert weights[0] < 0.01 and weights[1] == 1
+    target = torch.zeros(2, 4, 3, 3)
+    only_subject, only_class = target.clone(), target.clone()
+    only_subject[0], only_class[1] = 1.0, 1.0
+    assert float(prior_preservation_loss(only_subject, target, weights)) == pytest.approx(float(weights[0]))
+    assert float(prior_preservation_loss(only_class, target, weights)) == pytest.approx(1.0)
+
+
+def test_the_weight_of_the_prior_is_that_of_its_gradient():
+    prediction = torch.ones(4, 4, 2, 2, requires_grad=True)
+    prior_preservation_loss(prediction, torch.zeros(4, 4, 2, 2), prior_loss_weight=0.25).backward()
+    subject, of_class = prediction.grad.chunk(2)
+    torch.testing.assert_close(of_class, 0.25 * subject)
+    assert subject.abs().min() > 0
+
+
+# --- the folder ---
+
+
+@pytest.mark.parametrize("name", ["thesis.docx", "notes.txt", "archive.zip"])
+def test_a_folder_with_something_else_is_refused(tmp_path, name):
+    folder = class_folder(tmp_path / "class", 1)
+    (folder / name).write_text("mine")
+    with pytest.raises(InputError, match=rf"--class_data_dir .*{name}") as caught:
+        check_class_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_subfolder_or_a_file_is_refused(tmp_path):
+    (tmp_path / "class" / "more").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"\(more\)"):
+        check_class_folder(tmp_path / "class")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        check_class_folder(tmp_path / "file")
+
+
+def test_hidden_files_and_those_of_file_managers_are_passed_over(tmp_path):
+    folder = class_folder(tmp_path / "class", 2)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", ABOUT):
+        (folder / name).touch()
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (folder / name).mkdir()
+        (folder / name / "copy.png").touch()
+    check_class_folder(folder)
+    assert missing_numbers(folder, "0" * 8, 3) == [0], "two pictures, and none of the hidden ones"
+    check_class_folder(tmp_path / "not there yet")
+
+
+def test_a_folder_that_cannot_be_written_is_input(tmp_path, pipeline, accelerator):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--class_data_dir .*cannot be written"):
+        ensure_class_images(config(tmp_path, class_data_dir=str(tmp_path / "file" / "class")), pipeline, accelerator)
+
+
+def test_the_folder_is_filled_with_different_pictures_and_their_recipe(tmp_path, pipeline, accelerator, quick, capsys):
+    source = ensure_class_images(config(tmp_path), pipeline, accelerator)
+    recipe = generation_recipe(config(tmp_path), pipeline)
+    names = [f"generated-{recipe_key(recipe)}-{number:05d}.png" for number in range(5)]
+    assert [Path(name).name for name in source.names] == names and source.key == recipe_key(recipe)
+    assert len(set(contents(tmp_path / "class").values())) == 5 and quick == [0, 1, 2, 3, 4]
+    assert Image.open(source.open()(4)).mode == "RGB"
+    about = json.loads((tmp_path / "class" / ABOUT).read_text())
+    assert about == recipe
+    assert about["prompt"] == CLASS and about["solver"] == "dpmsolver++" and len(about["weights"]) == 16
+    assert "generating 5 of 5 class images" in capsys.readouterr().out
+    check_class_folder(tmp_path / "class")  # what it leaves, it accepts
+
+
+def test_the_users_own_pictures_are_kept_used_first_and_counted(tmp_path, pipeline, accelerator, quick):
+    own = contents(class_folder(tmp_path / "class", 3))
+    source = ensure_class_images(config(tmp_path), pipeline, accelerator)
+    assert [Path(name).name for name in source.names[:3]] == ["00.png", "01.png", "02.png"]
+    assert all(GENERATED.fullmatch(Path(name).name) for name in source.names[3:]) and len(source.names) == 5
+    assert quick == [0, 1]
+    after = contents(tmp_path / "class")
+    assert {name: after[name] for name in own} == own
+    # More of one's own than are wanted: the first ones, and nothing is generated.
+    again = ensure_class_images(config(tmp_path, num_class_images=2), pipeline, accelerator)
+    assert [Path(name).name for name in again.names] == ["00.png", "01.png"] and quick == [0, 1]
+
+
+def test_only_what_is_missing_is_drawn(tmp_path, pipeline, accelerator, quick):
+    first = ensure_class_images(config(tmp_path), pipeline, accelerator)
+    before = contents(tmp_path / "class")
+    quick.clear()
+    ensure_class_images(config(tmp_path), pipeline, accelerator)
+    assert quick == [] and contents(tmp_path / "class") == before
+    lost = {Path(first.names[number]).name for number in (1, 3)}
+    for name in lost:
+        (tmp_path / "class" / name).unlink()
+    ensure_class_images(config(tmp_path, num_class_images=6), pipeline, accelerator)
+    assert quick == [1, 3, 5]
+    after = contents(tmp_path / "class")
+    assert len(after) == 6 and all(after[name] == before[name] for name in before if name not in lost)
+
+
+def test_another_prompt_or_other_weights_make_them_anew(tmp_path, pipeline, accelerator, quick, capsys):
+    own = contents(class_folder(tmp_path / "class", 1))
+    ensure_class_images(config(tmp_path), pipeline, accelerator)
+    first = contents(tmp_path / "class")
+    ensure_class_images(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator)
+    second = contents(tmp_path / "class")
+    assert first.keys() & second.keys() == own.keys() and second["00.png"] == own["00.png"]
+    assert "4 class images were made for another prompt or model" in capsys.readouterr().out
+    assert json.loads((tmp_path / "class" / ABOUT).read_text())["prompt"] == "a photo of a fish"
+    bias = pipeline.vae.decoder.conv_out.bias
+    with torch.no_grad():
+        bias += 0.5
+        ensure_class_images(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator)
+        bias -= 0.5
+    third = contents(tmp_path / "class")
+    assert second.keys() & third.keys() == own.keys() and len(third) == 5
+
+
+def test_the_recipe_does_not_ask_where_a_model_lies_or_what_the_runs_seed_is(tmp_path, pipeline):
+    key = recipe_key(generation_recipe(config(tmp_path), pipeline))
+    same = config(tmp_path, pretrained_model_name_or_path="elsewhere/the-same", seed=7)
+    assert recipe_key(generation_recipe(same, pipeline)) == key
+
+
+def test_a_generation_that_was_killed_goes_on(tmp_path, pipeline, accelerator, quick, monkeypatch):
+    whole = contents_of_whole(tmp_path, pipeline, accelerator)
+    save, saved = prior.save_picture, []
+
+    def killed(pixels, path):
+        if len(saved) == 3:
+            path.with_name(f".{path.name}.partial").write_bytes(b"half a picture")
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(pixels, path)
+
+    monkeypatch.setattr(prior, "save_picture", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_class_images(config(tmp_path), pipeline, accelerator)
+    monkeypatch.setattr(prior, "save_picture", save)
+    assert len(contents(tmp_path / "class")) == 3
+    quick.clear()
+    ensure_class_images(config(tmp_path), pipeline, accelerator)
+    assert quick == [3, 4] and not list((tmp_path / "class").glob(".*.partial"))
+    assert contents(tmp_path / "class").keys() == whole.keys()
+    assert_near(contents(tmp_path / "class"), whole)
+
+
+def contents_of_whole(tmp_path, pipeline, accelerator) -> dict[str, bytes]:
+    """The class images of a run that nobody disturbed."""
+    place = tmp_path / "undisturbed"
+    ensure_class_images(config(tmp_path, class_data_dir=str(place)), pipeline, accelerator)
+    return contents(place)
+
+
+def assert_near(first: dict[str, bytes], second: dict[str, bytes]) -> None:
+    """Fail unless both hold the same pictures up to one grey level, which a batch of another size may cost."""
+    for name in first:
+        one, other = (Image.open(io.BytesIO(each[name])).convert("RGB") for each in (first, second))
+        levels = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int() for image in (one, other))
+        assert (next(levels) - next(levels)).abs().max() <= 1, name
+
+
+def test_two_processes_draw_the_pictures_of_one(tmp_path, pipeline, accelerator, quick):
+    whole = contents_of_whole(tmp_path, pipeline, accelerator)
+    recipe, shared = generation_recipe(config(tmp_path), pipeline), tmp_path / "shared"
+    shared.mkdir()
+    numbers = missing_numbers(shared, recipe_key(recipe), 5)
+    for rank in range(2):
+        quick.clear()
+        generate_missing(shared, recipe_key(recipe), numbers[rank::2], recipe, pipeline, batch_size=4, quiet=True)
+        assert quick == [[0, 2, 4], [1, 3]][rank]
+    assert contents(shared).keys() == whole.keys() and len(set(contents(shared).values())) == 5
+    assert_near(contents(shared), whole)
+
+
+def test_a_process_among_several_draws_its_share(tmp_path, pipeline, accelerator, quick, monkeypatch):
+    monkeypatch.setattr(prior, "on_main", lambda accelerator, function: [4, 5, 6, 7, 8])  # as broadcast by the main one
+    second = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2, device=accelerator.device,
+                             wait_for_everyone=lambda: None)  # fmt: skip
+    (tmp_path / "class").mkdir()
+    ensure_class_images(config(tmp_path), pipeline, second)
+    assert quick == [5, 7]
+
+
+def test_class_images_have_their_solver_whatever_validates(tmp_path, pipeline, accelerator, quick, monkeypatch):
+    """`--validation_scheduler DDPMScheduler` is not for these: 25 of its steps make bad pictures."""
+    seen, draw = [], prior.draw
+
+    def watched(pipeline, prompts, **settings):
+        seen.append(pipeline.scheduler)
+        return draw(pipeline, prompts, **settings)
+
+    monkeypatch.setattr(prior, "draw", watched)
+    before = pipeline.scheduler
+    pipeline.scheduler = validating = make_sampler(training_scheduler(pipeline), "ddpm")
+    try:
+        ensure_class_images(config(tmp_path), pipeline, accelerator)
+        assert pipeline.scheduler is validating and isinstance(validating, DDPMScheduler)
+    finally:
+        pipeline.scheduler = before
+    assert {type(each).__name__ for each in seen} == {"DPMSolverMultistepScheduler"}
+
+
+@pytest.mark.parametrize("precision, on", [(None, None), ("no", None), ("fp32", None), ("bf16", torch.bfloat16)])
+def test_the_precision_of_the_generation(precision, on):
+    with prior.generation_autocast(precision, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == (on is not None)
+        assert on is None or torch.get_autocast_dtype("cpu") == on
+
+
+# --- the table ---
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return CLIPEncoder("miniature")
+
+
+@pytest.fixture(scope="module")
+def real() -> torch.Tensor:
+    drawn = (row["image"].convert("RGB").tobytes() for row in meadow.subject(3, 64))
+    return torch.stack([torch.frombuffer(bytearray(each), dtype=torch.uint8).reshape(64, 64, 3).permute(2, 0, 1)
+                        for each in drawn])  # fmt: skip
+
+
+def row(step: int, score: float) -> dict:
+    return {"step": step, "subject": 0.5, "class": 0.25, "prompt": 0.25, "score": score}
+
+
+def make(path: Path, encoder, real, **fields) -> FidelityTable:
+    chosen = {"class_prompt": CLASS, "prompts": [f"{SUBJECT} on snow"], "number": 2}
+    return FidelityTable(path, encoder, real, SUBJECT, **chosen | fields)
+
+
+def test_a_row_measures_what_its_columns_say(tmp_path, encoder, real, monkeypatch):
+    """Subject, place and class by hand; a class that has become the subject costs score and diversity."""
+    others = torch.roll(real, 1, dims=1)
+    shown = {SUBJECT: real[:2], CLASS: others[:2], f"{SUBJECT} on snow": real[1:3]}
+    monkeypatch.setattr(prior, "draw", lambda pipeline, prompts, **settings: shown[prompts[0]])
+    good = make(tmp_path / "t.json", encoder, real).measure(None, 10)
+    features = encoder(real)
+    with torch.no_grad():
+        cosine = torch.nn.functional.cosine_similarity(features[:2, None], features[None], dim=-1).mean()
+        text = encoder.texts(["a photo of a butterfly on snow"])
+        prompt = torch.nn.functional.cosine_similarity(features[1:3], text).mean()
+    assert good["step"] == 10 and good["subject"] == pytest.approx(float(cosine), abs=1e-4)
+    assert good["prompt"] == pytest.approx(float(prompt), abs=1e-4)
+    assert good["score"] == pytest.approx(good["subject"] + good["prompt"] - good["class"], abs=2e-4)
+    distance = float(encoder.distance(others[:1], others[1:2]))
+    assert good["diversity"] == pytest.approx(distance, rel=1e-3)
+    shown[CLASS] = real[:1].expand(2, -1, -1, -1)
+    collapsed = make(tmp_path / "t.json", encoder, real).measure(None, 10)
+    assert collapsed["class"] > good["class"] + 0.1 and collapsed["diversity"] == pytest.approx(0, abs=1e-3)
+    assert collapsed["score"] < good["score"] - 0.1
+
+
+def test_a_row_is_as_fine_in_a_run_of_16_bits(tmp_path, encoder, real, monkeypatch):
+    """The pictures may be drawn in bfloat16; cosines of features in bfloat16 would have three digits less."""
+    monkeypatch.setattr(prior, "draw", lambda pipeline, prompts, **settings: real[:2])
+    table = make(tmp_path / "t.json", encoder, real)
+    exact = table.measure(None, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert table.measure(None, 0) == exact
+
+
+def test_without_a_class_or_a_second_picture_columns_are_left_out(tmp_path, encoder, real, pipeline):
+    bare = make(tmp_path / "t.json", encoder, real, class_prompt=None, prompts=(), number=1)
+    measured = bare.measure(pipeline, 4, num_inference_steps=1, size=32)
+    assert measured.keys() == {"step", "subject", "prompt", "score"}
+    assert measured["score"] == pytest.approx(measured["subject"] + measured["prompt"], abs=2e-4)
+    one = make(tmp_path / "t.json", encoder, real, number=1).measure(pipeline, 4, num_inference_steps=1, size=32)
+    assert "diversity" not in one and "class" in one
+
+
+@pytest.mark.parametrize(
+    "prompt, rest",
+    [("a photo of a sks butterfly on snow", "a photo of a butterfly on snow"), ("SKS butterfly", "butterfly"),
+     ("a photo of sks, on snow", "a photo of, on snow"), ("asks for sks", "asks for"), ("a butterfly", "a butterfly")],
+)  # fmt: skip
+def test_the_encoder_is_not_asked_for_the_subjects_word(prompt, rest):
+    assert without_words(prompt, ["sks"]) == rest
+    assert without_words(prompt, []) == prompt
+
+
+def test_the_best_is_the_highest_score_among_the_steps_that_are_left(tmp_path, encoder, real):
+    table = make(tmp_path / "t.json", encoder, real)
+    assert table.best([1, 2]) is None
+    for step, score in ((0, 0.9), (2, 0.5), (4, 0.8), (6, 0.6)):
+        table.add(row(step, score))
+    assert table.best([2, 4, 6]) == 4 and table.best([2, 6]) == 6 and table.best([0, 2, 4, 6]) == 0
+    assert table.best([]) is None and table.best([3]) is None
+    assert table.has(4) and not table.has(3)
+
+
+def test_rows_are_kept_and_a_run_that_goes_back_forgets_the_later_ones(tmp_path, encoder, real):
+    table = make(tmp_path / "t.json", encoder, real)
+    for step in (0, 2, 4, 6):
+        table.add(row(step, step / 10))
+    resumed = make(tmp_path / "t.json", encoder, real)
+    assert resumed.rows == table.rows
+    resumed.forget_after(4)
+    assert resumed.has(4) and not resumed.has(6)
+    resumed.add(row(5, 0.1))
+    assert [each["step"] for each in make(tmp_path / "t.json", encoder, real).rows] == [0, 2, 4, 5]
+    resumed.add(row(2, 0.7))  # measured again: what came after it is of another run
+    assert [each["step"] for each in resumed.rows] == [0, 2] and resumed.rows[1]["score"] == 0.7
+
+
+def test_the_table_is_text_with_a_line_for_each_step(tmp_path, encoder, real):
+    table = make(tmp_path / "t.json", encoder, real)
+    table.add(row(0, 0.5))
+    table.add(row(300, 0.6543) | {"diversity": 1.25})
+    lines = str(table).splitlines()
+    assert lines[0].split() == ["step", "subject", "class", "diversity", "prompt", "score"]
+    assert lines[1].split() == ["0", "0.500", "0.250", "-", "0.250", "0.500"]
+    assert lines[2].split() == ["300", "0.500", "0.250", "1.250", "0.250", "0.654"]
+    assert len({len(line) for line in lines}) == 1
+    stored = json.loads((tmp_path / "t.json").read_text())
+    assert stored == table.rows and len((tmp_path / "t.json").read_text().splitlines()) == 2
+
+
+def test_measuring_leaves_the_generators_alone(tmp_path, encoder, real, pipeline):
+    state = torch.get_rng_state()
+    table = make(tmp_path / "t.json", encoder, real)
+    first, second = (table.measure(pipeline, 1, num_inference_steps=1, size=32) for _ in range(2))
+    assert first == second and torch.equal(torch.get_rng_state(), state)
