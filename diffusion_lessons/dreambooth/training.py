@@ -230,8 +230,11 @@ def write_result(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, mo
     save_parts(config.output_dir, write)
 
 
-def card_text(config: DreamBoothConfig, name: str, steps: int) -> dict[str, Any]:
-    """Summary, use and tags for the model card."""
+def card_text(config: DreamBoothConfig, name: str, steps: int, text_width: int = 768) -> dict[str, Any]:
+    """Summary, use, tags and licence for the model card.
+
+    text_width: of the model's text encoder; Stable Diffusion 2, with 1024, has another licence than 1.
+    """
     loads = 'StableDiffusionPipeline.from_pretrained("'
     base = config.pretrained_model_name_or_path
     shown = "DIR_OF_THE_BASE_MODEL" if base == "miniature" or Path(base).exists() else base
@@ -243,7 +246,8 @@ def card_text(config: DreamBoothConfig, name: str, steps: int) -> dict[str, Any]
         "usage": f"from diffusers import StableDiffusionPipeline\n\n{usage}\n"
                  f"image = pipeline({config.instance_prompt!r}).images[0]",
         "tags": ["text-to-image", "stable-diffusion", "dreambooth", *(["lora"] if config.lora else [])],
-        "license": "apache-2.0" if base == "miniature" else "creativeml-openrail-m",
+        "license": "apache-2.0" if base == "miniature" else
+                   "openrail++" if text_width == 1024 else "creativeml-openrail-m",
     }
 
 # %% ../../nbs/37_train_dreambooth.ipynb #057f9c80
@@ -261,7 +265,8 @@ def finish(run: Run, config: DreamBoothConfig, pipeline: StableDiffusionPipeline
     name = run.output_dir.resolve().name
     write_model_card(config.output_dir, config, title=name, grid=grids[-1] if grids else None,
                      base_model=None if config.pretrained_model_name_or_path == "miniature"
-                     else config.pretrained_model_name_or_path, **card_text(config, name, run.global_step))
+                     else config.pretrained_model_name_or_path,
+                     **card_text(config, name, run.global_step, pipeline.text_encoder.config.hidden_size))
     if config.push_to_hub:
         say(f"uploaded to {push_to_hub(config)}")
     say(f"the {'adapter' if config.lora else 'model'} is in {config.output_dir}")
