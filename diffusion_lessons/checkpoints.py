@@ -6,8 +6,8 @@
 __all__ = ['MANIFEST', 'PROGRESS', 'CONFIG_NAME', 'save_generator', 'load_generator', 'load_weights', 'without_warnings',
            'folder_fault', 'load_part', 'write_json', 'begin_folder', 'seal_folder', 'remove_folder', 'atomic_folder',
            'Checkpoint', 'list_checkpoints', 'latest_checkpoint', 'find_checkpoint', 'set_aside_later',
-           'prune_checkpoints', 'compare_progress', 'check_output_dir', 'is_unfinished', 'clear_output_dir',
-           'clear_partial', 'lock_output_dir']
+           'set_aside_samples', 'prune_checkpoints', 'compare_progress', 'check_output_dir', 'is_unfinished',
+           'clear_output_dir', 'clear_partial', 'lock_output_dir']
 
 # %% ../nbs/20_checkpoints.ipynb #97ca73e1
 import hashlib
@@ -291,6 +291,13 @@ def set_aside_later(output_dir: str | Path, step: int) -> list[str]:
             remove_folder(target)
         os.rename(checkpoint.path, target)
     return [checkpoint.path.name for checkpoint in later]
+
+
+def set_aside_samples(output_dir: str | Path, step: int) -> None:
+    """Rename samples from beyond `step`, of a branch that the run has left, so that new ones can take their place."""
+    for path in (Path(output_dir) / "samples").glob("step-*.png"):
+        if int(path.stem.removeprefix("step-")) > step:
+            path.replace(path.with_name(f"abandoned-{path.name}"))
 
 
 def prune_checkpoints(output_dir: str | Path, limit: int | None) -> list[str]:

@@ -186,7 +186,8 @@ def find_tokenizer(name_or_path: str, revision: str | None = None) -> CLIPTokeni
 # %% ../nbs/27_pretrained.ipynb #96ac9076
 def training_scheduler(pipeline: StableDiffusionPipeline) -> DDPMScheduler:
     """The noise that a pipeline's UNet was trained with, whatever solver the folder names for drawing."""
-    return DDPMScheduler.from_config(pipeline.scheduler.config)
+    # Most solvers know no clipping; DDPM's default would cut latents, which are no pictures, to the range from -1 to 1.
+    return DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
 
 # %% ../nbs/27_pretrained.ipynb #05250828
 def write_model(folder: Path, base: Path, changed: Mapping[str, Any], variant: str | None = None) -> None:

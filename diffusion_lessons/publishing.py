@@ -66,7 +66,7 @@ def write_model_card(
                          base_model=None if base_model is None or Path(base_model).exists() else base_model)
     picture = "" if grid is None else f"\n![samples]({Path(grid).relative_to(output_dir).as_posix()})\n"
     shown = {field: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-             for field, value in changed_fields(config).items()}  # where things lie on this machine is nobody's business
+             for field, value in changed_fields(config).items()}  # where things lie here is nobody's business
     settings = json.dumps(shown, indent=2, default=str)
     text = (f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{summary}\n{picture}\n## Use\n\n```python\n{usage}\n```\n\n"
             f"## Training\n\nTrained with Diffusion Lessons. Settings that differ from the defaults:\n\n"

@@ -29,7 +29,7 @@ from .checkpoints import check_output_dir, clear_output_dir, clear_partial
 from .checkpoints import compare_progress, find_checkpoint, latest_checkpoint
 from .checkpoints import load_generator, load_weights, lock_output_dir
 from .checkpoints import prune_checkpoints, save_generator, seal_folder
-from .checkpoints import set_aside_later, without_warnings, write_json
+from .checkpoints import set_aside_later, set_aside_samples, without_warnings, write_json
 from .commands import RunFailed, StopSignals, one_line
 from .config import RunConfig, public_fields, save_config
 from .devices import forget_accelerator, make_accelerator, on_main, out_of_memory_text
@@ -391,6 +391,7 @@ class Run:
         self.accelerator.scaler = scaler
         self._restore_position(checkpoint, progress)
         if self.is_main:
+            set_aside_samples(self.output_dir, self.global_step)
             say(f"resuming {checkpoint.path.name}: {self.global_step} of {self.total_steps} steps are done")
 
     def _restore_position(self, checkpoint: Checkpoint, progress: dict[str, Any]) -> None:

@@ -242,6 +242,8 @@ def test_what_a_run_has_in_common_keeps_its_names_and_marks():
         ({"with_prior_preservation": True, "class_prompt": "c"}, ["--with_prior_preservation", "--class_data_dir"]),
         ({"instance_data_dir": "dog", "class_data_dir": "./dog/../dog/"}, ["--class_data_dir", "of the subject"]),
         ({"class_data_dir": "out/class", "output_dir": "./out"}, ["--class_data_dir out/class", "--output_dir"]),
+        ({"output_dir": "dogs/out", "class_data_dir": "dogs"}, ["--output_dir dogs/out", "class images"]),
+        ({"instance_data_dir": "out/samples", "output_dir": "out"}, ["--instance_data_dir out/samples", "clears"]),
         ({"class_data_dir": "dreambooth-model"}, ["--class_data_dir dreambooth-model", "--output_dir"]),
         ({"pretrained_model_name_or_path": "out/", "output_dir": "out"}, ["--output_dir out", "model"]),
         ({"instance_data_dir": "dog", "output_dir": "dog"}, ["--output_dir dog", "subject"]),

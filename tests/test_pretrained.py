@@ -29,6 +29,7 @@ from diffusion_lessons.pretrained import (
     weights_dtype,
     write_model,
 )
+from diffusion_lessons.sampling import make_sampler
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -432,3 +433,13 @@ def test_a_changed_tokenizer_is_written(original, tmp_path):
     write_model(tmp_path / "new", original, {"tokenizer": tokenizer})
     assert load_pipeline(tmp_path / "new").tokenizer.model_max_length == 16
     assert contents(tmp_path / "new/unet") == contents(original / "unet")
+
+
+def test_latents_are_never_clipped_whatever_solver_the_folder_names(model):
+    from diffusers import PNDMScheduler
+
+    pipeline = load_pipeline(model)
+    pipeline.scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True)  # as Stable Diffusion 1 has
+    assert "clip_sample" not in pipeline.scheduler.config
+    scheduler = training_scheduler(pipeline)
+    assert scheduler.config.clip_sample is False and not make_sampler(scheduler).config.thresholding

@@ -222,14 +222,20 @@ def test_weights_of_16_bits_are_trained_and_written_in_32(pictures, tmp_path):
 
 @pytest.mark.parametrize("length, valid", [(2, False), (3, True), (20, True), (32, True), (33, False)])
 def test_prompts_may_be_as_long_as_there_are_positions(length, valid):
-    pipeline = SimpleNamespace(text_encoder=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=32)),
-                               tokenizer=SimpleNamespace(model_max_length=32))  # fmt: skip
+    pipeline = load_pipeline(find_model("miniature"))
     if valid:
         set_context(pipeline, length)
         assert pipeline.tokenizer.model_max_length == length
     else:
         with pytest.raises(InputError, match=f"--tokenizer_max_length {length}: "):
             set_context(pipeline, length)
+
+
+def test_a_tokenizer_with_more_words_than_the_text_encoder_knows_is_refused():
+    pipeline = load_pipeline(find_model("miniature"))
+    pipeline.text_encoder.config.vocab_size = 500
+    with pytest.raises(InputError, match="--tokenizer_name: it has 593 tokens and the text encoder knows 500"):
+        set_context(pipeline, None)
 
 
 def test_the_tokenizers_length_is_that_of_the_saved_model(pictures, tmp_path):
@@ -428,7 +434,7 @@ def test_the_rows_are_those_of_the_checkpoints(finished, pictures):
     pipeline.scheduler = make_sampler(pipeline.scheduler, "dpmsolver++")
     load_checkpoint(pipeline, folder / "checkpoint-2")
     real = middle(read_pictures(instance_source(str(pictures), 16), 16), 16)
-    table = training.make_table(chosen, pipeline, SimpleNamespace(real=real))
+    table = training.make_table(chosen, load_encoder(chosen, text_width=128), SimpleNamespace(real=real))
     row = table.measure(pipeline, 2, size=16)
     stored = next(each for each in table.rows if each["step"] == 2)
     assert row == pytest.approx(stored, abs=2e-3)

@@ -195,7 +195,7 @@ class DreamBoothConfig(OtherModelOptions, LookOptions, LoopOptions, AdapterOptio
     def _check_folders(self) -> None:
         """A run moves away what an earlier one left in its folder; nothing that it reads may lie there."""
         model, subject, others, output = (
-            None if name in (None, "miniature", "meadow") else os.path.realpath(name) for name in
+            None if name in (None, "miniature", "meadow") else os.path.realpath(os.path.expanduser(name)) for name in
             (self.pretrained_model_name_or_path, self.instance_data_dir, self.class_data_dir, self.output_dir))
         require(output != model or output is None, "output_dir", self.output_dir,
                 "is the folder of the model; name another one")
@@ -203,8 +203,12 @@ class DreamBoothConfig(OtherModelOptions, LookOptions, LoopOptions, AdapterOptio
                 "is or lies in the folder of the subject, whose pictures are read from there; name another one")
         require(not _lies_in(others, subject), "class_data_dir", self.class_data_dir,
                 "is or lies in the folder of the subject; name another one for the class")
+        require(not _lies_in(subject, output), "instance_data_dir", self.instance_data_dir,
+                "lies in --output_dir, which a new run clears; name another one")
         require(not _lies_in(others, output), "class_data_dir", self.class_data_dir,
                 "lies in --output_dir, which is for the run alone; name another one")
+        require(not _lies_in(output, others), "output_dir", self.output_dir,
+                "lies in the folder of the class images, which holds nothing else; name another one")
 
 
 def _lies_in(inner: str | None, outer: str | None) -> bool:

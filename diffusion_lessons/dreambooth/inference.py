@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'OLD_LAYOUT', 'COMMON', 'load_checkpoint', 'check_same_shape', 'load_old_layout', 'rename_for', 'fits',
-           'device_and_dtype', 'load_model', 'run_config', 'find_base', 'prompt_notes', 'check_new_folder',
+           'run_config', 'device_and_dtype', 'load_model', 'find_base', 'prompt_notes', 'check_new_folder',
            'save_as_model', 'next_number', 'save_numbered', 'about_pictures', 'draw_prompts', 'label', 'paste_row',
            'comparison_sheet', 'model_name', 'load_other', 'compare', 'is_unconditional', 'generate_unconditional',
            'generate', 'main']
@@ -33,7 +33,8 @@ from .config import GenerationConfig, parse_generation
 from .lora import LORA_FILE, load_adapter
 from .subject import identifier_words, instance_source, middle, read_pictures
 from ..latent_diffusion import check_drawing, draw
-from ..pretrained import AGAIN, find_model, load_pipeline, read_json, write_model
+from .training import set_context
+from ..pretrained import AGAIN, find_model, find_tokenizer, load_pipeline, read_json, write_model
 from ..sampling import sample_images
 from ..tracking import say
 
@@ -43,18 +44,19 @@ TRAINED = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
 OLD_LAYOUT = ("model.safetensors", "model_1.safetensors", "pytorch_model.bin", "pytorch_model_1.bin")
 
 
-def load_checkpoint(pipeline: StableDiffusionPipeline, folder: str | Path) -> str:
+def load_checkpoint(pipeline: StableDiffusionPipeline, folder: str | Path, lora_scale: float = 1.0) -> str:
     """Put what a checkpoint trained into a pipeline: the averaged weights if there are any; returns what was found.
 
     folder: a `checkpoint-N` of this package or of the example scripts, with folders `unet` and `text_encoder`, with an
-    adapter, or in the old layout of Accelerate. Raises InputError for anything else, and for another model's.
+    adapter, or in the old layout of Accelerate. lora_scale: how much of an adapter is added.
+    Raises InputError for anything else, and for another model's.
     """
     folder = Path(folder)
     said = f"--checkpoint {folder}"
     require(folder.is_dir(), "checkpoint", folder, "no such folder; name a run's checkpoint-N")
     averaged = folder / "ema"
     if (folder / LORA_FILE).is_file():
-        load_adapter(pipeline, averaged if averaged.is_dir() else folder, flag="checkpoint")
+        load_adapter(pipeline, averaged if averaged.is_dir() else folder, lora_scale, "checkpoint")
         return "adapter"
     found = {name: folder / f"{name}_ema" if (folder / f"{name}_ema").is_dir() else folder / name for name in TRAINED}
     if found["unet"].is_dir():
@@ -106,24 +108,6 @@ def fits(state: Mapping[str, Tensor], model: torch.nn.Module) -> bool:
     return all(name in renamed and renamed[name].shape == weight.shape for name, weight in model.state_dict().items())
 
 # %% ../../nbs/38_inference.ipynb #018c1c67
-def device_and_dtype(mixed_precision: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where to draw and in which precision: fp16 on a GPU and 32 bits on a CPU, when nothing is said."""
-    device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    chosen = choose_precision(mixed_precision, device.type)
-    return device, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(chosen, torch.float32)
-
-
-def load_model(base: str, config: GenerationConfig, checkpoint: str | None = None, lora_weights: str | None = None
-               ) -> StableDiffusionPipeline:
-    """A pipeline in 32 bits on the CPU, with a checkpoint or an adapter in it."""
-    pipeline = load_pipeline(find_model(base, config.revision, config.variant, "model_path"), config.variant)
-    if checkpoint is not None:
-        load_checkpoint(pipeline, checkpoint)
-    if lora_weights is not None:
-        load_adapter(pipeline, lora_weights, config.lora_scale)
-    return pipeline
-
-# %% ../../nbs/38_inference.ipynb #82601d4e
 def run_config(folder: str | Path | None) -> dict[str, Any]:
     """The config of the run that left this folder: a model, an adapter or a checkpoint; empty when there is none."""
     if folder is None or str(folder) == "miniature" or not Path(folder).exists():
@@ -135,7 +119,31 @@ def run_config(folder: str | Path | None) -> dict[str, Any]:
             return content.get(key, {}) if key else content
     return {}
 
+# %% ../../nbs/38_inference.ipynb #b0706924
+def device_and_dtype(mixed_precision: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where to draw and in which precision: fp16 on a GPU and 32 bits on a CPU, when nothing is said."""
+    device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    chosen = choose_precision(mixed_precision, device.type)
+    return device, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(chosen, torch.float32)
 
+
+def load_model(base: str, config: GenerationConfig, checkpoint: str | None = None, lora_weights: str | None = None
+               ) -> StableDiffusionPipeline:
+    """A pipeline in 32 bits on the CPU, with a checkpoint or an adapter in it."""
+    trained = run_config(checkpoint or lora_weights)
+    if trained.get("pretrained_model_name_or_path") != base:  # drawn with another model than it was trained from
+        trained = {}
+    revision, variant = (getattr(config, name) or trained.get(name) for name in ("revision", "variant"))
+    tokenizer = find_tokenizer(trained["tokenizer_name"], revision) if trained.get("tokenizer_name") else None
+    pipeline = load_pipeline(find_model(base, revision, variant, "model_path"), variant, tokenizer)
+    set_context(pipeline, trained.get("tokenizer_max_length"))
+    if checkpoint is not None:
+        load_checkpoint(pipeline, checkpoint, config.lora_scale)
+    if lora_weights is not None:
+        load_adapter(pipeline, lora_weights, config.lora_scale)
+    return pipeline
+
+# %% ../../nbs/38_inference.ipynb #82601d4e
 def find_base(config: GenerationConfig) -> str:
     """The model to draw with: the one that is named, else the one that the checkpoint or adapter was trained from."""
     if config.model_path is not None:
@@ -330,8 +338,12 @@ def compare(config: GenerationConfig, base: str, first: Tensor) -> None:
         side = first.shape[-1]
         instance = middle(read_pictures(instance_source(config.instance_data_dir, side), side), side)
     path = Path(config.output_dir) / "comparison.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    comparison_sheet(instance, config.prompt, rows).save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        comparison_sheet(instance, config.prompt, rows).save(path)
+    except OSError as error:
+        raise InputError(f"--output_dir {path.parent}: cannot be written ({error.strerror or error}); name another "
+                         "folder") from None
     say(f"the sheet is {path}")
 
 # %% ../../nbs/38_inference.ipynb #3f0818a3

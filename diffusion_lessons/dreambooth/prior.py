@@ -6,7 +6,7 @@
 __all__ = ['ABOUT', 'GENERATED', 'PASSED_OVER', 'prior_preservation_loss', 'generation_recipe', 'recipe_key',
            'check_class_folder', 'sort_class_folder', 'missing_numbers', 'save_picture', 'drawing_with',
            'generate_missing', 'generation_autocast', 'held_folder', 'ensure_class_images', 'FidelityTable',
-           'without_words', 'write_rows']
+           'without_words', 'read_rows', 'write_rows']
 
 # %% ../../nbs/34_prior.ipynb #6af86f95
 import contextlib
@@ -210,7 +210,7 @@ class FidelityTable:
         # A CLIP does not know the subject's word: it is asked whether the rest of the prompt is there.
         self.texts = [without_words(prompt, identifier_words(instance_prompt, class_prompt) if class_prompt else [])
                       for prompt in self.prompts]
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        self.rows = read_rows(path)
 
     def measure(self, pipeline: StableDiffusionPipeline, step: int, **settings: Any) -> dict[str, Any]:
         """One row: cosines of CLIP features, and the perceptual distance between pictures of the class."""
@@ -267,6 +267,15 @@ def without_words(prompt: str, words: Sequence[str]) -> str:
     """A prompt without these words; case does not count, commas stay."""
     kept = re.sub(rf"\b({'|'.join(map(re.escape, words))})\b", "", prompt, flags=re.IGNORECASE) if words else prompt
     return re.sub(r"\s+(?=[,.;])", "", " ".join(kept.split()))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read what `write_rows` wrote; a file that is missing or damaged has no rows, and is written anew."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [row for row in rows if isinstance(row, dict) and "step" in row and "score" in row]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

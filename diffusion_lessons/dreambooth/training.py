@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoints import check_output_dir, find_checkpoint, list_checkpoints
 from ..clip import TEXT_WIDTH
-from ..commands import launch, training_command
+from ..commands import RunFailed, launch, training_command
 from ..config import InputError, LaunchOptions
 from ..devices import check_processes, choose_precision, enable_xformers, forget_accelerator
 from ..devices import make_accelerator, on_main, seconds_per_micro_step, training_memory
@@ -68,9 +68,15 @@ def load_model(config: DreamBoothConfig, device: torch.device) -> tuple[StableDi
 # %% ../../nbs/37_train_dreambooth.ipynb #99823964
 def set_context(pipeline: StableDiffusionPipeline, length: int | None) -> None:
     """Cut and pad prompts at another length than the tokenizer's own; the text encoder must have positions for it."""
-    room = pipeline.text_encoder.config.max_position_embeddings
+    config, words = pipeline.text_encoder.config, len(pipeline.tokenizer)
+    room = config.max_position_embeddings
+    if words > config.vocab_size:
+        raise InputError(f"--tokenizer_name: it has {words} tokens and the text encoder knows {config.vocab_size}; "
+                         "name one that belongs to the model")
     if length is not None and not 3 <= length <= room:
         raise InputError(f"--tokenizer_max_length {length}: must lie between 3 and the text encoder's {room}")
+    if length is None and pipeline.tokenizer.model_max_length > room:
+        length = room
     if length is not None:
         pipeline.tokenizer.model_max_length = length
 
@@ -165,9 +171,8 @@ def load_encoder(config: DreamBoothConfig, text_width: int) -> CLIPEncoder | Non
         return None
 
 
-def make_table(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, data: SubjectData) -> FidelityTable | None:
-    """The table of this run, with the rows of before it was resumed."""
-    encoder = load_encoder(config, pipeline.text_encoder.config.hidden_size)
+def make_table(config: DreamBoothConfig, encoder: CLIPEncoder | None, data: SubjectData) -> FidelityTable | None:
+    """The table of this run, with the rows of before it was resumed; None without an encoder."""
     if encoder is None:
         return None
     return FidelityTable(Path(config.output_dir) / "fidelity.json", encoder, data.real, config.instance_prompt,
@@ -278,13 +283,16 @@ def train(config: DreamBoothConfig) -> list[float]:
     try:
         settle_seed(config, accelerator)
         pipeline, noise_scheduler = load_model(config, accelerator.device)
+        encoders: list[CLIPEncoder | None] = [None]  # on the main process; what it cannot load ends all of them
+        width = pipeline.text_encoder.config.hidden_size
+        on_main(accelerator, lambda: encoders.append(load_encoder(config, width)))
         data = load_subject(config, pipeline, find_sources(config, pipeline, accelerator))
         models = choose_models(config, pipeline)
         if config.lora and accelerator.is_main_process:
             size = adapter_size(models)
             say(f"adapters of rank {config.rank}: {size['trained']:,} of {size['of']:,} numbers, "
                 f"{size['bytes'] / 1e6:.2f} MB")
-        watch = Watch(config, pipeline, make_table(config, pipeline, data) if accelerator.is_main_process else None)
+        watch = Watch(config, pipeline, make_table(config, encoders[-1], data))
         parameters = [parameter for model in models.values() for parameter in trained_parameters(model)]
         loader = DataLoader(data.dataset, config.train_batch_size, shuffle=True,
                             num_workers=config.dataloader_num_workers)
@@ -293,6 +301,9 @@ def train(config: DreamBoothConfig) -> list[float]:
             dreambooth_loop(run, config, data, noise_scheduler, choose_loss(config), watch)
             finish(run, config, pipeline, watch)
         return run.losses
+    except torch.OutOfMemoryError as error:  # within the run it is caught there
+        raise RunFailed("out of memory before the training began; lower --sample_batch_size where class images are "
+                        "drawn, or --resolution") from error
     finally:
         forget_accelerator(accelerator)
 
