@@ -17,7 +17,7 @@ from transformers import CLIPTextModel
 from diffusion_lessons import miniature
 from diffusion_lessons.checkpoints import PROGRESS, write_json
 from diffusion_lessons.config import InputError
-from diffusion_lessons.dreambooth import inference
+from diffusion_lessons.dreambooth import inference, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig, GenerationConfig
 from diffusion_lessons.dreambooth.inference import (
     about_pictures,
@@ -581,3 +581,14 @@ def test_the_command_is_installed_under_its_name(monkeypatch, capsys):
     assert config.generate_images() == 0
     assert "--compare_to" in capsys.readouterr().out
     assert inference.main(["--help"]) == 0
+
+
+def test_a_saved_checkpoint_keeps_the_tokenizer_that_its_run_had(tmp_path):
+    run = tmp_path / "run"
+    assert training.main([
+        "--pretrained_model_name_or_path", "miniature", "--instance_data_dir", "meadow", "--instance_prompt",
+        "a photo of a sks butterfly", "--resolution", "16", "--train_batch_size", "1", "--max_train_steps", "1",
+        "--report_to", "none", "--lora", "--tokenizer_max_length", "16", "--output_dir", str(run)]) == 0  # fmt: skip
+    assert main(["--checkpoint", str(run / "checkpoint-1"), "--save_pipeline", str(tmp_path / "kept")]) == 0
+    stored = json.loads((tmp_path / "kept" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert stored["model_max_length"] == 16

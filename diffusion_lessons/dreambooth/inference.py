@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'OLD_LAYOUT', 'COMMON', 'load_checkpoint', 'check_same_shape', 'load_old_layout', 'rename_for', 'fits',
-           'run_config', 'device_and_dtype', 'load_model', 'find_base', 'prompt_notes', 'check_new_folder',
-           'save_as_model', 'next_number', 'save_numbered', 'about_pictures', 'draw_prompts', 'label', 'paste_row',
-           'comparison_sheet', 'model_name', 'load_other', 'compare', 'is_unconditional', 'generate_unconditional',
-           'generate', 'main']
+           'run_config', 'device_and_dtype', 'loading_of', 'load_model', 'find_base', 'prompt_notes',
+           'check_new_folder', 'save_as_model', 'next_number', 'save_numbered', 'about_pictures', 'draw_prompts',
+           'label', 'paste_row', 'comparison_sheet', 'model_name', 'load_other', 'compare', 'is_unconditional',
+           'generate_unconditional', 'generate', 'main']
 
 # %% ../../nbs/38_inference.ipynb #0ced427b
 import json
@@ -127,16 +127,25 @@ def device_and_dtype(mixed_precision: str | None) -> tuple[torch.device, torch.d
     return device, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(chosen, torch.float32)
 
 
+def loading_of(base: str, config: GenerationConfig, source: str | None) -> dict[str, Any]:
+    """How a base model is loaded: as the config says, else as the run that left `source` loaded it.
+
+    source: a checkpoint or adapter; one that was trained from another model has nothing to say.
+    """
+    trained = run_config(source)
+    known = trained if trained.get("pretrained_model_name_or_path") == base else {}
+    names = ("revision", "variant", "tokenizer_name", "tokenizer_max_length")
+    return {name: getattr(config, name, None) or known.get(name) for name in names}
+
+
 def load_model(base: str, config: GenerationConfig, checkpoint: str | None = None, lora_weights: str | None = None
                ) -> StableDiffusionPipeline:
     """A pipeline in 32 bits on the CPU, with a checkpoint or an adapter in it."""
-    trained = run_config(checkpoint or lora_weights)
-    if trained.get("pretrained_model_name_or_path") != base:  # drawn with another model than it was trained from
-        trained = {}
-    revision, variant = (getattr(config, name) or trained.get(name) for name in ("revision", "variant"))
-    tokenizer = find_tokenizer(trained["tokenizer_name"], revision) if trained.get("tokenizer_name") else None
-    pipeline = load_pipeline(find_model(base, revision, variant, "model_path"), variant, tokenizer)
-    set_context(pipeline, trained.get("tokenizer_max_length"))
+    loading = loading_of(base, config, checkpoint or lora_weights)
+    name, variant = loading["tokenizer_name"], loading["variant"]
+    tokenizer = find_tokenizer(name, loading["revision"]) if name else None
+    pipeline = load_pipeline(find_model(base, loading["revision"], variant, "model_path"), variant, tokenizer)
+    set_context(pipeline, loading["tokenizer_max_length"])
     if checkpoint is not None:
         load_checkpoint(pipeline, checkpoint, config.lora_scale)
     if lora_weights is not None:
@@ -190,18 +199,19 @@ def check_new_folder(folder: str | Path) -> Path:
     return folder
 
 
-def save_as_model(pipeline: StableDiffusionPipeline, base: str | Path, folder: str | Path, variant: str | None = None
-                  ) -> None:
+def save_as_model(pipeline: StableDiffusionPipeline, base: str | Path, folder: str | Path, variant: str | None = None,
+                  parts: Sequence[str] = tuple(TRAINED)) -> None:
     """Write a pipeline as a model folder of its own; an adapter is first added to the weights.
 
     base: folder of the model that it was trained from, or miniature; its other parts are copied. variant: of its files.
+    parts: what is written as it is in memory.
     Raises InputError for a folder in use, or one that cannot be written.
     """
     folder = check_new_folder(folder)
     if getattr(pipeline.unet, "peft_config", None):
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-    changed = {name: getattr(pipeline, name) for name in TRAINED}
+    changed = {name: getattr(pipeline, name) for name in parts}
     try:
         if folder.is_dir():
             folder.rmdir()
@@ -394,8 +404,10 @@ def generate(config: GenerationConfig) -> None:
             say(f"{len(paths)} pictures are in {config.output_dir}, from {paths[0].name} on")
     if config.save_pipeline is not None:
         fresh = load_model(base, config, config.checkpoint, config.lora_weights)  # in 32 bits, as it was trained
-        folder = find_model(base, config.revision, config.variant, "model_path")
-        save_as_model(fresh, folder, config.save_pipeline, config.variant)
+        loading = loading_of(base, config, config.checkpoint or config.lora_weights)
+        another = loading["tokenizer_name"] or loading["tokenizer_max_length"]
+        save_as_model(fresh, fresh.name_or_path, config.save_pipeline, loading["variant"],
+                      (*TRAINED, "tokenizer") if another else tuple(TRAINED))
         say(f"the model is in {config.save_pipeline}; upload it with `hf upload NAME {config.save_pipeline}`")
 
 # %% ../../nbs/38_inference.ipynb #76cf6943

@@ -228,7 +228,7 @@ def write_result(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, mo
         if config.lora:
             save_adapters(models, folder, config.lora_format)
             return
-        base = find_model(config.pretrained_model_name_or_path, config.revision, config.variant)
+        base = Path(pipeline.name_or_path)  # where it was loaded from: a Hub id may mean other files by now
         replaced = {"tokenizer": pipeline.tokenizer} if config.tokenizer_name or config.tokenizer_max_length else {}
         write_model(folder, base, models | replaced, config.variant)
 
