@@ -90,7 +90,7 @@ lab: $(INSTALLED_DEV)  ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 .PHONY: notebooks
-notebooks: $(INSTALLED_DEV) links  ## execute all lessons and store their outputs; some of them: NOTEBOOKS="nbs/12_noise.ipynb"
+notebooks: $(INSTALLED_DEV) links  ## execute all lessons and store their outputs; some of them: NOTEBOOKS="nbs/butterflies/11_noise.ipynb"
 	$(BIN)/python tests/execute_notebooks.py $(NOTEBOOKS)
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export

@@ -5,7 +5,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from diffusion_lessons import meadow
+from diffusion_lessons.pictures import meadow
 
 SUBJECT, CLASS = "a photo of a sks butterfly", "a photo of a butterfly"
 SMALL = {

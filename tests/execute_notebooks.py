@@ -1,7 +1,7 @@
 """Execute the lessons, each in a fresh kernel.
 
     python tests/execute_notebooks.py                       run all lessons, store their outputs
-    python tests/execute_notebooks.py nbs/12_noise.ipynb    run one lesson, store its outputs
+    python tests/execute_notebooks.py nbs/butterflies/11_noise.ipynb    run one lesson, store its outputs
     python tests/execute_notebooks.py --check               run copies in a scratch folder, store nothing
     python tests/execute_notebooks.py --slow nbs/index.ipynb   run its cells flagged slow as well
 

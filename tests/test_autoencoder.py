@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from diffusion_lessons.autoencoder import (
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.miniature.autoencoder import (
     AutoencoderConfig,
     autoencoder_loss,
     encode_moments,
@@ -21,8 +22,7 @@ from diffusion_lessons.autoencoder import (
     reconstruct,
     train_autoencoder,
 )
-from diffusion_lessons.captions import render_scenes
-from diffusion_lessons.config import InputError
+from diffusion_lessons.miniature.captions import render_scenes
 
 
 def generator(seed: int = 0) -> torch.Generator:

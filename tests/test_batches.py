@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
-from diffusion_lessons.batches import ImageSet, make_dataloader, random_flip, to_model_range
-from diffusion_lessons.config import InputError
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.pictures.batches import ImageSet, make_dataloader, random_flip, to_model_range
 
 
 def block(count: int = 20, size: int = 4) -> np.ndarray:

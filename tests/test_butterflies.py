@@ -16,13 +16,13 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from runs import run, words
 
-from diffusion_lessons import butterflies
-from diffusion_lessons.butterflies import TrainingConfig, evaluate, grid_shape, main, make_grid, train_loop
-from diffusion_lessons.checkpoints import list_checkpoints, lock_output_dir
-from diffusion_lessons.images import load_images, make_dataloader
-from diffusion_lessons.noise import make_noise_scheduler
-from diffusion_lessons.training import Run
-from diffusion_lessons.unet import make_unet
+from diffusion_lessons.butterflies import training as butterflies
+from diffusion_lessons.butterflies.training import TrainingConfig, evaluate, grid_shape, main, make_grid, train_loop
+from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.diffusion.unet import make_unet
+from diffusion_lessons.engine.checkpoints import list_checkpoints, lock_output_dir
+from diffusion_lessons.engine.run import Run
+from diffusion_lessons.pictures.sets import load_images, make_dataloader
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +356,7 @@ def test_a_second_unfinished_run_does_not_replace_the_rescue_of_the_first(finish
 
 
 def test_a_run_that_fails_while_it_starts_does_not_cost_the_finished_one(finished, tmp_path, monkeypatch):
-    from diffusion_lessons import training
+    from diffusion_lessons.engine import run as training
 
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     before = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()

@@ -19,17 +19,17 @@ from PIL import Image
 from runs import TINY, words
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-import diffusion_lessons.butterflies as butterflies
-import diffusion_lessons.publishing as publishing
-from diffusion_lessons.butterflies import build_model, evaluate, load_data, main, train_loop
-from diffusion_lessons.config import InputError, TrainingConfig
-from diffusion_lessons.figures import make_grid
-from diffusion_lessons.images import ImageSet, make_dataloader
-from diffusion_lessons.meadow import specimens
-from diffusion_lessons.optimization import make_optimizer, mixed_seed
-from diffusion_lessons.sampling import sample_images
-from diffusion_lessons.training import start_run
-from diffusion_lessons.unet import make_unet
+import diffusion_lessons.butterflies.training as butterflies
+import diffusion_lessons.engine.publishing as publishing
+from diffusion_lessons.butterflies.training import build_model, evaluate, load_data, main, train_loop
+from diffusion_lessons.diffusion.sampling import sample_images
+from diffusion_lessons.diffusion.unet import make_unet
+from diffusion_lessons.engine.config import InputError, TrainingConfig
+from diffusion_lessons.engine.optimization import make_optimizer, mixed_seed
+from diffusion_lessons.engine.run import start_run
+from diffusion_lessons.pictures.figures import make_grid
+from diffusion_lessons.pictures.meadow import specimens
+from diffusion_lessons.pictures.sets import ImageSet, make_dataloader
 
 COVERED: set[str] = set()
 
@@ -272,8 +272,8 @@ WITH_A_HUB_OF_PAPER = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-import diffusion_lessons.publishing as publishing
-from diffusion_lessons.butterflies import main
+import diffusion_lessons.engine.publishing as publishing
+from diffusion_lessons.butterflies.training import main
 
 class Hub:
     def __init__(self, token):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from diffusion_lessons import captions
-from diffusion_lessons.batches import make_dataloader
-from diffusion_lessons.captions import (
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.miniature import captions
+from diffusion_lessons.miniature.captions import (
     ATTRIBUTES,
     CONTEXT,
     HELD_OUT,
@@ -35,8 +35,8 @@ from diffusion_lessons.captions import (
     train_tokenizer,
     training_scenes,
 )
-from diffusion_lessons.config import InputError
-from diffusion_lessons.meadow import COLOURS, KINDS, TRIPLES, caption, scenes
+from diffusion_lessons.pictures.batches import make_dataloader
+from diffusion_lessons.pictures.meadow import COLOURS, KINDS, TRIPLES, caption, scenes
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_another_process_trains_the_same(tokenizer):
     """Ties must not be broken by the order of a hash table; these words have many of them."""
     words = ["ab", "ac", "ad", "ae", "af", "bc", "bd", "be", "bf"]
     code = (
-        "from diffusion_lessons.captions import all_captions, train_tokenizer;"
+        "from diffusion_lessons.miniature.captions import all_captions, train_tokenizer;"
         f"print(train_tokenizer([*all_captions(), *{words}]).backend_tokenizer.to_str())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}

@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusion_lessons.checkpoints import load_part
-from diffusion_lessons.config import InputError
-from diffusion_lessons.unet import make_unet
+from diffusion_lessons.diffusion.unet import make_unet
+from diffusion_lessons.engine.checkpoints import load_part
+from diffusion_lessons.engine.config import InputError
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from diffusion_lessons.batches import to_model_range
-from diffusion_lessons.captions import (
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.miniature.captions import (
     CONTEXT,
     HELD_OUT,
     UNSAID,
@@ -23,7 +23,7 @@ from diffusion_lessons.captions import (
     tokenize,
     train_tokenizer,
 )
-from diffusion_lessons.clip import (
+from diffusion_lessons.miniature.clip import (
     TEXT_WIDTH,
     ClipConfig,
     caption_matches,
@@ -33,9 +33,9 @@ from diffusion_lessons.clip import (
     similarities,
     train_clip,
 )
-from diffusion_lessons.config import InputError
-from diffusion_lessons.figures import to_pil
-from diffusion_lessons.meadow import TRIPLES, scenes
+from diffusion_lessons.pictures.batches import to_model_range
+from diffusion_lessons.pictures.figures import to_pil
+from diffusion_lessons.pictures.meadow import TRIPLES, scenes
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import time
 import pytest
 from runs import command, words
 
-from diffusion_lessons.checkpoints import list_checkpoints
-from diffusion_lessons.commands import Interrupted, RunFailed, StopSignals, Terminated, launch, run_command
-from diffusion_lessons.config import InputError
+from diffusion_lessons.engine.checkpoints import list_checkpoints
+from diffusion_lessons.engine.commands import Interrupted, RunFailed, StopSignals, Terminated, launch, run_command
+from diffusion_lessons.engine.config import InputError
 
 
 def raising(error):

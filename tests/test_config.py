@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_lessons.config import (
+from diffusion_lessons.engine.config import (
     PRESETS,
     InputError,
     LaunchOptions,
@@ -160,7 +160,7 @@ def test_yaml_spellings_that_surprise_are_read_as_meant(tmp_path):
 
 def test_the_help_lists_every_field_with_its_default():
     code = (
-        "from diffusion_lessons.config import *;"
+        "from diffusion_lessons.engine.config import *;"
         "parse_command_line(['--help'], TrainingConfig, PRESETS, 'train-butterflies')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -172,7 +172,7 @@ def test_the_help_lists_every_field_with_its_default():
 
 def test_parsing_does_not_import_torch():
     code = (
-        "import sys; from diffusion_lessons.config import *;"
+        "import sys; from diffusion_lessons.engine.config import *;"
         "parse_command_line(['--preset', 'quick'], TrainingConfig, PRESETS, 'x');"
         "print('torch' in sys.modules)"
     )

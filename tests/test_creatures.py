@@ -6,8 +6,8 @@ import pytest
 from matplotlib.path import Path
 from PIL import Image
 
-from diffusion_lessons import creatures
-from diffusion_lessons.creatures import (
+from diffusion_lessons.pictures import creatures
+from diffusion_lessons.pictures.creatures import (
     FOREWINGS,
     HINDWINGS,
     MARGINS,
@@ -18,7 +18,7 @@ from diffusion_lessons.creatures import (
     butterfly_shapes,
     random_look,
 )
-from diffusion_lessons.shapes import PALETTE, compose, fitted, spline, stretched, tinted
+from diffusion_lessons.pictures.shapes import PALETTE, compose, fitted, spline, stretched, tinted
 
 WINGS = {**FOREWINGS, **HINDWINGS}
 OTHERS = {"beetle": creatures.beetle_shapes, "fish": creatures.fish_shapes, "flower": creatures.flower_shapes}

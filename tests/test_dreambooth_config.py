@@ -9,7 +9,6 @@ from typing import get_args
 
 import pytest
 
-from diffusion_lessons.config import InputError, RunConfig, load_config, save_config
 from diffusion_lessons.dreambooth.config import (
     DREAMBOOTH_PRESETS,
     INTERPOLATION,
@@ -20,6 +19,7 @@ from diffusion_lessons.dreambooth.config import (
     parse_generation,
     train_dreambooth,
 )
+from diffusion_lessons.engine.config import InputError, RunConfig, load_config, save_config
 
 NEEDED = {
     "pretrained_model_name_or_path": "miniature",

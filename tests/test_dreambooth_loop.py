@@ -14,16 +14,16 @@ from dreambooth_runs import CLASS, SMALL, SUBJECT
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from diffusion_lessons.captions import shipped
 from diffusion_lessons.dreambooth import loop
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.loop import dreambooth_loop, look_at_prompts, validation_grid
 from diffusion_lessons.dreambooth.subject import Prompts, SubjectData
-from diffusion_lessons.figures import make_grid
-from diffusion_lessons.latent_diffusion import draw, make_latent_scheduler, make_pipeline
-from diffusion_lessons.optimization import make_optimizer, mixed_seed
-from diffusion_lessons.pretrained import load_pipeline
-from diffusion_lessons.training import start_run
+from diffusion_lessons.engine.optimization import make_optimizer, mixed_seed
+from diffusion_lessons.engine.run import start_run
+from diffusion_lessons.miniature.captions import shipped
+from diffusion_lessons.miniature.latent_diffusion import draw, make_latent_scheduler, make_pipeline
+from diffusion_lessons.pictures.figures import make_grid
+from diffusion_lessons.stable_diffusion.folder import load_pipeline
 
 WIDTH = 128  # of what the miniature's text encoder says
 

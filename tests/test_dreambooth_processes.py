@@ -13,7 +13,7 @@ from dreambooth_runs import CLASS, dreambooth_words, subject_folder
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion_lessons.commands import free_port
+from diffusion_lessons.engine.commands import free_port
 
 MODULE = ["-m", "diffusion_lessons.dreambooth.training"]
 FIELDS = dict(

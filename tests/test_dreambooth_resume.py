@@ -14,8 +14,8 @@ from dreambooth_runs import class_folder, dreambooth_words, prior_words, subject
 from runs import assert_same_state
 from safetensors.torch import load_file
 
-from diffusion_lessons.checkpoints import latest_checkpoint, remove_folder
 from diffusion_lessons.dreambooth.training import main
+from diffusion_lessons.engine.checkpoints import latest_checkpoint, remove_folder
 
 ALL = ["--train_text_encoder", "--use_ema", "--snr_gamma", "5", "--offset_noise"]
 MODES = {

@@ -21,15 +21,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
-import diffusion_lessons.autoencoder as autoencoder
 import diffusion_lessons.dreambooth.inference as inference
 import diffusion_lessons.dreambooth.loop as loop
 import diffusion_lessons.dreambooth.prior as prior
-import diffusion_lessons.latent_diffusion as latent_diffusion
-import diffusion_lessons.pretrained as pretrained
-from diffusion_lessons.autoencoder import AutoencoderConfig, train_autoencoder
-from diffusion_lessons.captions import load_tokenizer, shipped
-from diffusion_lessons.checkpoints import list_checkpoints, without_warnings
+import diffusion_lessons.miniature.autoencoder as autoencoder
+import diffusion_lessons.miniature.latent_diffusion as latent_diffusion
+import diffusion_lessons.stable_diffusion.folder as pretrained
+from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.dreambooth.config import DreamBoothConfig, GenerationConfig
 from diffusion_lessons.dreambooth.lora import (
     KOHYA_FILE,
@@ -41,18 +40,19 @@ from diffusion_lessons.dreambooth.lora import (
 )
 from diffusion_lessons.dreambooth.subject import instance_source, load_subject
 from diffusion_lessons.dreambooth.training import choose_models, main, train
-from diffusion_lessons.latent_diffusion import (
+from diffusion_lessons.engine.checkpoints import list_checkpoints, without_warnings
+from diffusion_lessons.engine.optimization import make_optimizer
+from diffusion_lessons.miniature.autoencoder import AutoencoderConfig, train_autoencoder
+from diffusion_lessons.miniature.captions import load_tokenizer, shipped
+from diffusion_lessons.miniature.latent_diffusion import (
     DiffusionConfig,
     draw,
     make_latent_scheduler,
     make_pipeline,
     train_diffusion,
 )
-from diffusion_lessons.miniature import read_log
-from diffusion_lessons.noise import make_noise_scheduler
-from diffusion_lessons.optimization import make_optimizer
-from diffusion_lessons.pretrained import load_pipeline
-from diffusion_lessons.unet import make_unet
+from diffusion_lessons.miniature.model import read_log
+from diffusion_lessons.stable_diffusion.folder import load_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ON_SNOW = "a photo of a sks butterfly on snow"

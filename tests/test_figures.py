@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_lessons.figures import (
+from diffusion_lessons.pictures.figures import (
     denoising_strip,
     make_grid,
     plot_curves,

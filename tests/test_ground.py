@@ -242,7 +242,7 @@ def test_site_configuration_is_one_file():
 # ── links ────────────────────────────────────────────────────────────────────────────────
 
 
-NOTEBOOKS = sorted((CHECKOUT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted(path for path in (CHECKOUT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -250,7 +250,8 @@ def test_badges_are_what_the_settings_yield(path):
     cells = nbformat.read(str(path), as_version=4).cells
     address = f"https://colab.research.google.com/github/{PROJECT['user']}/{PROJECT['repo']}/blob/{PROJECT['branch']}"
     image = "https://colab.research.google.com/assets/colab-badge.svg"
-    badge = f"[![Open in Colab]({image})]({address}/{PROJECT['nbs_path']}/{path.name})"
+    place = path.relative_to(CHECKOUT / "nbs").as_posix()
+    badge = f"[![Open in Colab]({image})]({address}/{PROJECT['nbs_path']}/{place})"
     found = [cell.source for cell in cells if image in cell.source]
     assert found == [badge] or (path.stem == "index" and not found)
 
@@ -277,7 +278,7 @@ def test_links_follow_the_settings(tmp_path):
     changed = re.sub(r"^repo = .*$", "repo = elsewhere", changed, flags=re.MULTILINE)
     (tmp_path / "settings.ini").write_text(changed)
     subprocess.run([sys.executable, ".ci/links.py"], cwd=tmp_path, check=True)
-    for path in (tmp_path / "nbs").glob("*.ipynb"):
+    for path in (tmp_path / "nbs").rglob("*.ipynb"):
         text = path.read_text(encoding="utf-8")
         assert f"{PROJECT['user']}/{PROJECT['repo']}" not in text
         assert "somebody/elsewhere" in text or path.stem == "index"

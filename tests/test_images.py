@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_lessons import images as module
-from diffusion_lessons import meadow
-from diffusion_lessons.config import InputError
-from diffusion_lessons.images import dataset_source, folder_source, load_images, mapped, write_whole
-from diffusion_lessons.pictures import fit_square, open_image
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.pictures import meadow
+from diffusion_lessons.pictures import sets as module
+from diffusion_lessons.pictures.files import fit_square, open_image
+from diffusion_lessons.pictures.sets import dataset_source, folder_source, load_images, mapped, write_whole
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -322,7 +322,7 @@ FORK_AFTER_LOADING = """
 import os, sys
 import torch
 torch.set_num_threads(2)
-from diffusion_lessons.images import load_images, make_dataloader
+from diffusion_lessons.pictures.sets import load_images, make_dataloader
 images = load_images("imagefolder", sys.argv[1], 256)  # large enough for torch to use several threads, if it is asked
 loader = make_dataloader(images, 4)
 batch = next(iter(loader))

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from diffusion_lessons import miniature
-from diffusion_lessons.checkpoints import PROGRESS, write_json
-from diffusion_lessons.config import InputError
+from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.dreambooth import inference, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig, GenerationConfig
 from diffusion_lessons.dreambooth.inference import (
@@ -35,10 +35,10 @@ from diffusion_lessons.dreambooth.inference import (
     save_numbered,
 )
 from diffusion_lessons.dreambooth.training import train
-from diffusion_lessons.latent_diffusion import draw
-from diffusion_lessons.noise import make_noise_scheduler
-from diffusion_lessons.pretrained import load_pipeline
-from diffusion_lessons.unet import make_unet
+from diffusion_lessons.engine.checkpoints import PROGRESS, write_json
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.miniature.latent_diffusion import draw
+from diffusion_lessons.stable_diffusion.folder import load_pipeline
 
 SETTINGS = ["--num_inference_steps", "2", "--size", "16", "--num_images", "2", "--guidance_scale", "2"]
 ON_SNOW = "a photo of a sks butterfly on snow"

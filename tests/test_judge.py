@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_lessons.captions import ATTRIBUTES, HELD_OUT, render_scenes, shipped
-from diffusion_lessons.config import InputError
-from diffusion_lessons.judge import (
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.miniature.captions import ATTRIBUTES, HELD_OUT, render_scenes, shipped
+from diffusion_lessons.miniature.judge import (
     JudgeConfig,
     Verdict,
     judge_loss,
@@ -19,7 +19,7 @@ from diffusion_lessons.judge import (
     split_answers,
     train_judge,
 )
-from diffusion_lessons.meadow import PLACES, TRIPLES, background
+from diffusion_lessons.pictures.meadow import PLACES, TRIPLES, background
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -116,7 +116,7 @@ def test_softening_is_drawn_from_the_generator_and_keeps_its_input():
 def test_softening_never_goes_below_half_the_pixels(monkeypatch):
     sizes = []
     interpolate = torch.nn.functional.interpolate
-    monkeypatch.setattr("diffusion_lessons.judge.F.interpolate",
+    monkeypatch.setattr("diffusion_lessons.miniature.judge.F.interpolate",
                         lambda images, size, mode: sizes.append(size) or interpolate(images, size, mode=mode))
     for seed in range(300):
         soften(torch.zeros(1, 3, 64, 64), generator(seed))
@@ -168,7 +168,7 @@ def test_it_is_trained_on_all_triples_and_on_a_seed_of_its_own(monkeypatch):
         asked.update(settings, num_images=num_images)
         raise Enough
 
-    monkeypatch.setattr("diffusion_lessons.judge.render_scenes", render)
+    monkeypatch.setattr("diffusion_lessons.miniature.judge.render_scenes", render)
     with pytest.raises(Enough):
         train_judge(JudgeConfig(data_dir="somewhere"))
     assert asked == {"num_images": 20_000, "seed": 2, "exclude": (), "folder": "somewhere"}

@@ -10,11 +10,13 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
-from diffusion_lessons import latent_diffusion
-from diffusion_lessons.autoencoder import encode_moments
-from diffusion_lessons.captions import HELD_OUT, all_captions, render_scenes, say_some, shipped
-from diffusion_lessons.config import InputError
-from diffusion_lessons.latent_diffusion import (
+from diffusion_lessons.diffusion.noise import alphas_cumprod_for, betas_for
+from diffusion_lessons.diffusion.sampling import make_sampler, to_uint8
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.miniature import latent_diffusion
+from diffusion_lessons.miniature.autoencoder import encode_moments
+from diffusion_lessons.miniature.captions import HELD_OUT, all_captions, render_scenes, say_some, shipped
+from diffusion_lessons.miniature.latent_diffusion import (
     WATCHED,
     DiffusionConfig,
     draw,
@@ -28,9 +30,7 @@ from diffusion_lessons.latent_diffusion import (
     scaled_latents,
     train_diffusion,
 )
-from diffusion_lessons.meadow import caption
-from diffusion_lessons.noise import alphas_cumprod_for, betas_for
-from diffusion_lessons.sampling import make_sampler, to_uint8
+from diffusion_lessons.pictures.meadow import caption
 
 PROMPTS = ["a photo of a red butterfly on snow", "a photo of a blue fish on sand", "a green flower"]
 

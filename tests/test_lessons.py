@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from execute_notebooks import SKIPPING_FLAGS, directives, is_skipped
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
-PATHS = sorted(NBS.glob("[0-9]*.ipynb"))
+PATHS = sorted(NBS.rglob("[0-9]*.ipynb"))
+PLACES = {path.stem: path for path in PATHS}
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in PATHS}
 EXPORTS = {"export", "exports", "exporti"}
 each_lesson = pytest.mark.parametrize("name", NOTEBOOKS)
@@ -134,12 +135,12 @@ def test_closes_with_recap_exercises_and_next(name):
 def test_next_leads_to_an_existing_lesson(name):
     """A lesson that the course does not have yet may be named, but not linked."""
     for target in re.findall(r"\]\(([^)#:]+\.ipynb)[^)]*\)", "\n".join(prose(name))):
-        assert (NBS / target).is_file(), target
+        assert (PLACES[name].parent / target).is_file(), target
 
 
 @each_lesson
 def test_is_small_enough_for_git(name):
-    assert (NBS / f"{name}.ipynb").stat().st_size < 1_000_000
+    assert PLACES[name].stat().st_size < 1_000_000
 
 
 @each_lesson
@@ -183,4 +184,4 @@ def test_names_come_from_cells_that_run(name):
 def test_the_index_names_every_lesson():
     cells = nbformat.read(str(NBS / "index.ipynb"), as_version=4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert [name for name in NOTEBOOKS if f"{name}.ipynb" not in text] == []
+    assert [path.name for path in PATHS if f"{path.parent.name}/{path.name}" not in text] == []

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusion_lessons import miniature
-from diffusion_lessons.config import InputError
 from diffusion_lessons.dreambooth.lora import (
     ADAPTED,
     KOHYA_FILE,
@@ -27,7 +26,8 @@ from diffusion_lessons.dreambooth.lora import (
     save_adapters,
     to_kohya,
 )
-from diffusion_lessons.latent_diffusion import draw
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.miniature.latent_diffusion import draw
 
 RANK = 3
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_lessons import meadow
-from diffusion_lessons.config import InputError
-from diffusion_lessons.creatures import PATTERNS, random_look
-from diffusion_lessons.meadow import COLOURS, KINDS, PLACES, TRIPLES, caption, scenes, specimens, subject
-from diffusion_lessons.shapes import PALETTE, compose
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.pictures import meadow
+from diffusion_lessons.pictures.creatures import PATTERNS, random_look
+from diffusion_lessons.pictures.meadow import COLOURS, KINDS, PLACES, TRIPLES, caption, scenes, specimens, subject
+from diffusion_lessons.pictures.shapes import PALETTE, compose
 
 
 def arrays(pictures: datasets.Dataset) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_a_seed_decides_everything_and_a_longer_set_starts_with_the_shorter(make
 
 
 def test_another_process_draws_the_same():
-    code = "from diffusion_lessons.meadow import scenes; print(scenes(6)._fingerprint)"
+    code = "from diffusion_lessons.pictures.meadow import scenes; print(scenes(6)._fingerprint)"
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert run.stdout.split()[-1] == scenes(6)._fingerprint

@@ -11,11 +11,7 @@ from torchvision.models import alexnet
 from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
 from diffusion_lessons import miniature
-from diffusion_lessons.captions import render_scenes, shipped, to_caption
-from diffusion_lessons.clip import make_clip, make_image_processor, similarities
-from diffusion_lessons.config import InputError
-from diffusion_lessons.judge import make_judge
-from diffusion_lessons.meadow import COLOURS, KINDS, PLACES, draw_scene, draw_subject
+from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.metrics import (
     CLIPEncoder,
     DINOEncoder,
@@ -30,6 +26,10 @@ from diffusion_lessons.metrics import (
     prompt_fidelity,
     subject_fidelity,
 )
+from diffusion_lessons.miniature.captions import render_scenes, shipped, to_caption
+from diffusion_lessons.miniature.clip import make_clip, make_image_processor, similarities
+from diffusion_lessons.miniature.judge import make_judge
+from diffusion_lessons.pictures.meadow import COLOURS, KINDS, PLACES, draw_scene, draw_subject
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -271,7 +271,7 @@ def test_a_damaged_folder_is_named(tmp_path, clip_folder):
 
 
 def test_an_installation_without_the_miniature_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("diffusion_lessons.captions.files", lambda package: tmp_path)
+    monkeypatch.setattr("diffusion_lessons.miniature.captions.files", lambda package: tmp_path)
     with pytest.raises(InputError, match="has no trained miniature"):
         miniature.path()
     with pytest.raises(InputError, match="has no trained judge"):

@@ -16,12 +16,13 @@ from runs import assert_same_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffusion_lessons import miniature, pretrained
-from diffusion_lessons.captions import HELD_OUT, encode_attributes, render_scenes, shipped
-from diffusion_lessons.config import InputError
-from diffusion_lessons.judge import judge_pictures, load_judge
-from diffusion_lessons.latent_diffusion import draw
-from diffusion_lessons.meadow import KINDS, TRIPLES, caption
+from diffusion_lessons import miniature
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.miniature.captions import HELD_OUT, encode_attributes, render_scenes, shipped
+from diffusion_lessons.miniature.judge import judge_pictures, load_judge
+from diffusion_lessons.miniature.latent_diffusion import draw
+from diffusion_lessons.pictures.meadow import KINDS, TRIPLES, caption
+from diffusion_lessons.stable_diffusion import folder as pretrained
 
 TRAINED = ("clip", "autoencoder", "unet", "decoder")
 PARTS = ("scheduler", "tokenizer", *pretrained.NETWORKS)

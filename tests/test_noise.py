@@ -6,8 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from diffusion_lessons.config import InputError
-from diffusion_lessons.noise import (
+from diffusion_lessons.diffusion.noise import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
     add_noise,
@@ -24,6 +23,7 @@ from diffusion_lessons.noise import (
     signal_to_noise,
     training_target,
 )
+from diffusion_lessons.engine.config import InputError
 
 EVERY = torch.arange(1000)
 SHAPES = {"pictures": (6, 3, 8, 8), "latents": (6, 4, 5, 7), "vectors": (6, 9)}

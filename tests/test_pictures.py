@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from torchvision import transforms
 
-from diffusion_lessons import pictures
-from diffusion_lessons.config import InputError
-from diffusion_lessons.pictures import eight_bits, find_images, fit_square, open_image, upright
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.pictures import files as pictures
+from diffusion_lessons.pictures.files import eight_bits, find_images, fit_square, open_image, upright
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's remarks on the damaged files made here
 

@@ -12,11 +12,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusion_lessons import pretrained
-from diffusion_lessons.captions import load_tokenizer, shipped
-from diffusion_lessons.checkpoints import without_warnings
-from diffusion_lessons.config import InputError
-from diffusion_lessons.pretrained import (
+from diffusion_lessons.diffusion.sampling import make_sampler
+from diffusion_lessons.engine.checkpoints import without_warnings
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.miniature.captions import load_tokenizer, shipped
+from diffusion_lessons.stable_diffusion import folder as pretrained
+from diffusion_lessons.stable_diffusion.folder import (
     check_kind,
     copy_part,
     find_model,
@@ -29,7 +30,6 @@ from diffusion_lessons.pretrained import (
     weights_dtype,
     write_model,
 )
-from diffusion_lessons.sampling import make_sampler
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 NETWORKS = ("unet", "vae", "text_encoder")

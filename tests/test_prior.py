@@ -12,9 +12,9 @@ from diffusers import DDPMScheduler
 from dreambooth_runs import CLASS, SUBJECT, class_folder
 from PIL import Image
 
-from diffusion_lessons import meadow, miniature
-from diffusion_lessons.config import InputError
-from diffusion_lessons.devices import forget_accelerator
+from diffusion_lessons import miniature
+from diffusion_lessons.diffusion.noise import min_snr_weights
+from diffusion_lessons.diffusion.sampling import make_sampler
 from diffusion_lessons.dreambooth import prior
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.prior import (
@@ -30,10 +30,11 @@ from diffusion_lessons.dreambooth.prior import (
     recipe_key,
     without_words,
 )
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.engine.devices import forget_accelerator
 from diffusion_lessons.metrics import CLIPEncoder
-from diffusion_lessons.noise import min_snr_weights
-from diffusion_lessons.pretrained import training_scheduler
-from diffusion_lessons.sampling import make_sampler
+from diffusion_lessons.pictures import meadow
+from diffusion_lessons.stable_diffusion.folder import training_scheduler
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from runs import words
 
-from diffusion_lessons.commands import free_port
+from diffusion_lessons.engine.commands import free_port
 
 PROBE = """
 import json, sys
 from pathlib import Path
 import torch
-from diffusion_lessons import butterflies, training
-from diffusion_lessons.config import PRESETS, TrainingConfig, parse_command_line
+from diffusion_lessons.butterflies import training as butterflies
+from diffusion_lessons.engine import run as training
+from diffusion_lessons.engine.config import PRESETS, TrainingConfig, parse_command_line
 
 def note(run, name, value):
     path = Path(run.output_dir).parent / f"{Path(run.output_dir).name}-rank-{run.rank}.json"
@@ -139,11 +140,11 @@ import json, sys
 from pathlib import Path
 import torch
 from torchvision import transforms
-from diffusion_lessons import meadow
-from diffusion_lessons.butterflies import TrainingConfig, train_loop
-from diffusion_lessons.commands import launch
-from diffusion_lessons.noise import make_noise_scheduler
-from diffusion_lessons.unet import make_unet
+from diffusion_lessons.pictures import meadow
+from diffusion_lessons.butterflies.training import TrainingConfig, train_loop
+from diffusion_lessons.engine.commands import launch
+from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.diffusion.unet import make_unet
 
 turn = transforms.Compose([transforms.ColorJitter(brightness=0.5), transforms.ToTensor()])
 

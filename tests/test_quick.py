@@ -11,9 +11,9 @@ from diffusers import DDPMPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from diffusion_lessons.dreambooth.subject import instance_source, middle, read_pictures
-from diffusion_lessons.latent_diffusion import draw
-from diffusion_lessons.meadow import PLACES
 from diffusion_lessons.metrics import CLIPEncoder, diversity, prior_preservation, subject_fidelity
+from diffusion_lessons.miniature.latent_diffusion import draw
+from diffusion_lessons.pictures.meadow import PLACES
 
 
 def pictures(grid: Path) -> np.ndarray:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from runs import assert_same_state, command, run, words
 
-from diffusion_lessons.butterflies import main, train_loop
-from diffusion_lessons.checkpoints import latest_checkpoint, list_checkpoints
-from diffusion_lessons.commands import RunFailed
-from diffusion_lessons.config import TrainingConfig
-from diffusion_lessons.noise import make_noise_scheduler
-from diffusion_lessons.unet import make_unet
+from diffusion_lessons.butterflies.training import main, train_loop
+from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.diffusion.unet import make_unet
+from diffusion_lessons.engine.checkpoints import latest_checkpoint, list_checkpoints
+from diffusion_lessons.engine.commands import RunFailed
+from diffusion_lessons.engine.config import TrainingConfig
 
 STEPS = 400
 KILLED = dict(
@@ -140,8 +140,8 @@ def test_the_schedule_after_a_changed_resume_is_that_of_the_new_config(short_run
     model = make_unet("tiny-16", 16, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
-    from diffusion_lessons.butterflies import load_data
-    from diffusion_lessons.images import make_dataloader
+    from diffusion_lessons.butterflies.training import load_data
+    from diffusion_lessons.pictures.sets import make_dataloader
 
     train_loop(config, model, make_noise_scheduler(), optimizer, make_dataloader(load_data(config), 4))
     expected = [5e-4 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - 2) / 28))).item() for step in range(10, 30)]
@@ -225,7 +225,7 @@ def test_random_transforms_of_a_users_own_loader_are_resumed_exactly(tmp_path):
     """The tutorial's loader: a Hugging Face data set with flips in set_transform, drawing from the global generator."""
     from torchvision import transforms
 
-    from diffusion_lessons import meadow
+    from diffusion_lessons.pictures import meadow
 
     turn = transforms.Compose(
         [

@@ -4,8 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 
-from diffusion_lessons.config import InputError
-from diffusion_lessons.noise import (
+from diffusion_lessons.diffusion.noise import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
     add_noise,
@@ -13,7 +12,7 @@ from diffusion_lessons.noise import (
     noise_batch,
     predicted_clean,
 )
-from diffusion_lessons.sampling import (
+from diffusion_lessons.diffusion.sampling import (
     SAMPLERS,
     ExactDenoiser,
     ddim_step,
@@ -27,7 +26,8 @@ from diffusion_lessons.sampling import (
     to_uint8,
     trailing_timesteps,
 )
-from diffusion_lessons.unet import make_unet
+from diffusion_lessons.diffusion.unet import make_unet
+from diffusion_lessons.engine.config import InputError
 
 
 def generator(seed: int = 0) -> torch.Generator:

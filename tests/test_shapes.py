@@ -5,8 +5,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_lessons import shapes
-from diffusion_lessons.shapes import PALETTE, bezier, compose, disc, fitted, grown, mix, paint, shaded, spline, stroke
+from diffusion_lessons.pictures import shapes
+from diffusion_lessons.pictures.shapes import (
+    PALETTE,
+    bezier,
+    compose,
+    disc,
+    fitted,
+    grown,
+    mix,
+    paint,
+    shaded,
+    spline,
+    stroke,
+)
 
 
 def paper(size: int, colour: str = "white") -> Image.Image:

@@ -13,7 +13,9 @@ import yaml
 from nbconvert import HTMLExporter
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-LESSONS = sorted(path.stem for path in (CHECKOUT / "nbs").glob("*.ipynb"))
+NBS = CHECKOUT / "nbs"
+PARTS = ("butterflies", "miniature", "dreambooth", "workshop")  # in the order of the course
+LESSONS = ["index", *(f"{part}/{path.stem}" for part in PARTS for path in sorted((NBS / part).glob("*.ipynb")))]
 DOCUMENTS = r"\.(?:ipynb|qmd|html)$"  # `nbdev_docs` uses this by default, `nbdev_proc_nbs` has to be told
 
 
@@ -44,7 +46,8 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(site) -> dict:
-    return {path.stem: nbformat.read(str(path), as_version=4) for path in sorted(site.glob("*.ipynb"))}
+    return {path.relative_to(site).with_suffix("").as_posix(): nbformat.read(str(path), as_version=4)
+            for path in sorted(site.rglob("*.ipynb"))}
 
 
 def markdown(page) -> str:
@@ -62,26 +65,33 @@ def front_matter(page) -> dict:
     return yaml.safe_load(page.cells[0].source.strip().strip("-"))
 
 
+def addresses(pages: dict) -> dict[str, str]:
+    """The page behind each address below the site's root: `butterflies/noise.html` is `butterflies/11_noise`."""
+    return {(Path(name).parent / front_matter(page)["output-file"]).as_posix(): name for name, page in pages.items()}
+
+
 def test_every_lesson_becomes_a_page(pages):
-    assert sorted(pages) == LESSONS
+    assert sorted(pages) == sorted(LESSONS)
 
 
 def test_pages_have_titles_descriptions_and_addresses_of_their_own(pages):
     heads = {name: front_matter(page) for name, page in pages.items()}
     assert all(head["title"] and head["description"] for head in heads.values())
-    assert len({head["output-file"] for head in heads.values()}) == len(heads)
+    assert len(addresses(pages)) == len(heads)
     assert len({head["title"] for head in heads.values()}) == len(heads)
 
 
 def test_the_sidebar_lists_the_lessons_in_order(site):
-    contents = yaml.safe_load((site / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
-    assert contents == ["index.ipynb", *(f"{name}.ipynb" for name in LESSONS if name != "index")]
+    contents = yaml.safe_load((site / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    assert contents[0] == "index.ipynb" and [part["section"].lower() for part in contents[1:]] == list(PARTS)
+    listed = [path for part in contents[1:] for path in sorted(site.glob(part["contents"]))]
+    assert [path.relative_to(site).with_suffix("").as_posix() for path in listed] == LESSONS[1:]
 
 
 def test_addresses_derive_from_the_settings(site):
     website = yaml.safe_load((site / "nbdev.yml").read_text())["website"]
     custom = yaml.safe_load((site / "_quarto.yml").read_text())
-    assert custom["metadata-files"] == ["nbdev.yml", "sidebar.yml"]
+    assert custom["metadata-files"] == ["nbdev.yml"]
     assert website["repo-url"].startswith("https://github.com/")
     assert "repo-url" not in custom["website"] and "title" not in custom["website"]
 
@@ -107,7 +117,7 @@ def test_every_exported_name_is_documented(pages):
 
 
 def test_reference_entries_show_signatures_and_sources_are_shown(pages):
-    page = pages["00_figures"]
+    page = pages["workshop/72_figures"]
     entry = next(
         output["data"]["text/markdown"]
         for cell in page.cells if cell.cell_type == "code" and "show_doc(make_grid)" in cell.source
@@ -142,19 +152,19 @@ def heading_ids(page) -> set[str]:
 
 def test_every_relative_link_resolves(pages, site):
     broken = []
-    addresses = {front_matter(page)["output-file"]: name for name, page in pages.items()}
     for name, page in pages.items():
+        here = Path(name).parent
         text = re.sub(r"```.*?```|`[^`\n]*`", "", markdown(page), flags=re.DOTALL)
         for target in re.findall(r"\]\(<?([^)\s>]+)", text):
             if re.match(r"[a-z]+:", target):
                 continue
             place, _, anchor = target.partition("#")
-            place = place.removeprefix("./")
-            other = name if not place else addresses.get(place, place.removesuffix(".ipynb"))
+            path = os.path.normpath(here / place)
+            other = name if not place else addresses(pages).get(path, path.removesuffix(".ipynb"))
             if other in pages:
                 if anchor and place.endswith(".ipynb") and anchor not in heading_ids(pages[other]):
                     broken.append(f"{name}: {target} (no such heading)")
-            elif not (site / place).exists():
+            elif not (site / path).exists():
                 broken.append(f"{name}: {target}")
     assert not broken
 
@@ -162,10 +172,9 @@ def test_every_relative_link_resolves(pages, site):
 def test_links_to_the_site_itself_lead_to_its_pages(pages, site):
     """nbdev links `names` in backticks to their reference entry, by the address of the published site."""
     root = yaml.safe_load((site / "nbdev.yml").read_text())["website"]["site-url"]
-    addresses = {front_matter(page)["output-file"] for page in pages.values()}
     pattern = re.compile(rf"{re.escape(root)}/([^)#\s\"]*)")
     linked = {target for page in pages.values() for target in pattern.findall(markdown(page))}
-    assert linked <= addresses | {""}
+    assert linked <= set(addresses(pages)) | {""}
 
 
 @pytest.mark.parametrize("name", LESSONS)

@@ -12,10 +12,6 @@ from dreambooth_runs import CLASS, SMALL, SUBJECT, class_folder, subject_folder
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusion_lessons.autoencoder import encode_moments
-from diffusion_lessons.batches import to_model_range
-from diffusion_lessons.captions import shipped, train_tokenizer
-from diffusion_lessons.config import InputError
 from diffusion_lessons.dreambooth.config import INTERPOLATION, DreamBoothConfig
 from diffusion_lessons.dreambooth.subject import (
     RARE_WORDS,
@@ -31,10 +27,14 @@ from diffusion_lessons.dreambooth.subject import (
     read_pictures,
     single_tokens,
 )
-from diffusion_lessons.latent_diffusion import scaled_latents
-from diffusion_lessons.meadow import subject
-from diffusion_lessons.optimization import SeededDataset, repeatable
-from diffusion_lessons.pretrained import load_pipeline
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.engine.optimization import SeededDataset, repeatable
+from diffusion_lessons.miniature.autoencoder import encode_moments
+from diffusion_lessons.miniature.captions import shipped, train_tokenizer
+from diffusion_lessons.miniature.latent_diffusion import scaled_latents
+from diffusion_lessons.pictures.batches import to_model_range
+from diffusion_lessons.pictures.meadow import subject
+from diffusion_lessons.stable_diffusion.folder import load_pipeline
 
 
 def gradient(width: int, height: int) -> Image.Image:

@@ -19,9 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusion_lessons import miniature
-from diffusion_lessons.checkpoints import list_checkpoints
-from diffusion_lessons.config import InputError, LaunchOptions
-from diffusion_lessons.devices import forget_accelerator, make_accelerator
+from diffusion_lessons.diffusion.noise import denoising_loss
+from diffusion_lessons.diffusion.sampling import make_sampler
 from diffusion_lessons.dreambooth import loop, prior, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.inference import load_checkpoint
@@ -39,10 +38,11 @@ from diffusion_lessons.dreambooth.training import (
     settle_seed,
     train,
 )
-from diffusion_lessons.latent_diffusion import draw
-from diffusion_lessons.noise import denoising_loss
-from diffusion_lessons.pretrained import find_model, load_pipeline
-from diffusion_lessons.sampling import make_sampler
+from diffusion_lessons.engine.checkpoints import list_checkpoints
+from diffusion_lessons.engine.config import InputError, LaunchOptions
+from diffusion_lessons.engine.devices import forget_accelerator, make_accelerator
+from diffusion_lessons.miniature.latent_diffusion import draw
+from diffusion_lessons.stable_diffusion.folder import find_model, load_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ON_SNOW = "a photo of a sks butterfly on snow"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from runs import TINY
 
-from diffusion_lessons.checkpoints import atomic_folder, latest_checkpoint, prune_checkpoints
-from diffusion_lessons.commands import RunFailed
-from diffusion_lessons.config import InputError, TrainingConfig
-from diffusion_lessons.devices import choose_precision, forget_accelerator, make_accelerator
-from diffusion_lessons.optimization import (
+from diffusion_lessons.engine.checkpoints import atomic_folder, latest_checkpoint, prune_checkpoints
+from diffusion_lessons.engine.commands import RunFailed
+from diffusion_lessons.engine.config import InputError, TrainingConfig
+from diffusion_lessons.engine.devices import choose_precision, forget_accelerator, make_accelerator
+from diffusion_lessons.engine.optimization import (
     SeededDataset,
     count_steps,
     make_optimizer,
@@ -20,9 +20,9 @@ from diffusion_lessons.optimization import (
     mixed_seed,
     schedule_warning,
 )
-from diffusion_lessons.publishing import changed_fields, push_to_hub, write_model_card
-from diffusion_lessons.tracking import LossLog, run_name
-from diffusion_lessons.training import Run
+from diffusion_lessons.engine.publishing import changed_fields, push_to_hub, write_model_card
+from diffusion_lessons.engine.run import Run
+from diffusion_lessons.engine.tracking import LossLog, run_name
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
-from diffusion_lessons.config import InputError
-from diffusion_lessons.noise import denoising_loss, make_noise_scheduler, noise_batch
-from diffusion_lessons.unet import (
+from diffusion_lessons.diffusion.noise import denoising_loss, make_noise_scheduler, noise_batch
+from diffusion_lessons.diffusion.unet import (
     UNETS,
     check_image_size,
     count_parameters,
@@ -16,6 +15,7 @@ from diffusion_lessons.unet import (
     timestep_embedding,
     unet_levels,
 )
+from diffusion_lessons.engine.config import InputError
 
 
 def on_meta(**config) -> UNet2DModel:
