@@ -14,7 +14,6 @@ from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.miniature.autoencoder import (
     AutoencoderConfig,
     autoencoder_loss,
-    encode_moments,
     load_autoencoder,
     make_autoencoder,
     measure_scale,
@@ -23,6 +22,7 @@ from diffusion_lessons.miniature.autoencoder import (
     train_autoencoder,
 )
 from diffusion_lessons.miniature.captions import render_scenes
+from diffusion_lessons.stable_diffusion.latents import encode_moments
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -21,11 +21,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import diffusion_lessons.butterflies.training as butterflies
 import diffusion_lessons.engine.publishing as publishing
+from diffusion_lessons.butterflies.config import TrainingConfig
 from diffusion_lessons.butterflies.training import build_model, evaluate, load_data, main, train_loop
 from diffusion_lessons.diffusion.sampling import sample_images
 from diffusion_lessons.diffusion.unet import make_unet
-from diffusion_lessons.engine.config import InputError, TrainingConfig
-from diffusion_lessons.engine.optimization import make_optimizer, mixed_seed
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.engine.data import mixed_seed
+from diffusion_lessons.engine.optimization import make_optimizer
 from diffusion_lessons.engine.run import start_run
 from diffusion_lessons.pictures.figures import make_grid
 from diffusion_lessons.pictures.meadow import specimens
@@ -446,7 +448,7 @@ def order_of(config: TrainingConfig, global_seed: int) -> list[list[int]]:
             for batch in started.batches():
                 epochs[-1] += batch["images"][:, 0, 0, 0].tolist()
                 with started.accumulate():
-                    started.backward(next(started.model.parameters()).square().sum())
+                    started.backward(next(started.prepared["unet"].parameters()).square().sum())
                     started.step()
     return epochs
 
@@ -727,7 +729,7 @@ def test_the_card_of_a_run_says_what_it_is_and_how_it_was_made(tmp_path):
 
 def test_the_card_names_the_model_that_was_fine_tuned(tmp_path, monkeypatch):
     theirs, scheduler = build_model(a_config(tmp_path, seed=9))
-    monkeypatch.setattr(butterflies, "load_pipeline", lambda name, size: (theirs, scheduler))
+    monkeypatch.setattr(butterflies, "load_unconditional", lambda name, size: (theirs, scheduler))
     trained(a_config(tmp_path / "run", max_train_steps=1, pretrained_model_name_or_path="somebody/moths"))
     assert "base_model: somebody/moths" in (tmp_path / "run" / "README.md").read_text()
 

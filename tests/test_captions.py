@@ -16,7 +16,7 @@ from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.miniature import captions
 from diffusion_lessons.miniature.captions import (
     ATTRIBUTES,
-    CONTEXT,
+    CONTEXT_LENGTH,
     HELD_OUT,
     UNSAID,
     CaptionedSet,
@@ -28,15 +28,15 @@ from diffusion_lessons.miniature.captions import (
     learn_merges,
     render_scenes,
     say_some,
-    shipped,
     split_word,
     to_caption,
-    tokenize,
     train_tokenizer,
     training_scenes,
 )
 from diffusion_lessons.pictures.batches import make_dataloader
 from diffusion_lessons.pictures.meadow import COLOURS, KINDS, TRIPLES, caption, scenes
+from diffusion_lessons.stable_diffusion.folder import shipped
+from diffusion_lessons.stable_diffusion.prompts import tokenize
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_any_text_comes_back(tokenizer, text):
 
 def test_tokens_are_padded_and_cut_to_the_context(tokenizer):
     tokens = tokenize(tokenizer, ["", "a fish", "a fish " * 40])
-    assert tokens.shape == (3, CONTEXT) and tokens.dtype == torch.int64
+    assert tokens.shape == (3, CONTEXT_LENGTH) and tokens.dtype == torch.int64
     assert tokens[0].tolist() == [591] + [592] * 31 and (tokens[1, 3:] == 592).all()
     assert tokens[2, 0] == 591 and tokens[2, -1] == 592 and (tokens[2, 1:-1] < 591).all(), "a cut prompt keeps its end"
 
@@ -206,7 +206,7 @@ def test_plain_transformers_reads_it(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     read = AutoTokenizer.from_pretrained(tmp_path)
     texts = [*all_captions(), "sks zebra", "A Red  Fish, on SEA!", "ein Käfer", "a fish " * 40]
-    assert torch.equal(tokenize(read, texts), tokenize(tokenizer, texts)) and read.model_max_length == CONTEXT
+    assert torch.equal(tokenize(read, texts), tokenize(tokenizer, texts)) and read.model_max_length == CONTEXT_LENGTH
 
 
 # --- pictures ---

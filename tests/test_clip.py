@@ -11,20 +11,17 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPToken
 
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.miniature.captions import (
-    CONTEXT,
+    CONTEXT_LENGTH,
     HELD_OUT,
     UNSAID,
     all_captions,
     encode_attributes,
     render_scenes,
     say_some,
-    shipped,
     to_caption,
-    tokenize,
     train_tokenizer,
 )
 from diffusion_lessons.miniature.clip import (
-    TEXT_WIDTH,
     ClipConfig,
     caption_matches,
     contrastive_loss,
@@ -36,6 +33,8 @@ from diffusion_lessons.miniature.clip import (
 from diffusion_lessons.pictures.batches import to_model_range
 from diffusion_lessons.pictures.figures import to_pil
 from diffusion_lessons.pictures.meadow import TRIPLES, scenes
+from diffusion_lessons.stable_diffusion.folder import MINIATURE_TEXT_WIDTH, shipped
+from diffusion_lessons.stable_diffusion.prompts import tokenize
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +72,11 @@ def test_the_seed_decides_the_weights_and_nothing_else_does(tokenizer, fresh):
 
 def test_shapes_and_marks(tokenizer, fresh):
     text = fresh.config.text_config
-    assert (text.hidden_size, text.max_position_embeddings, text.vocab_size) == (TEXT_WIDTH, CONTEXT, len(tokenizer))
+    assert (text.hidden_size, text.max_position_embeddings) == (MINIATURE_TEXT_WIDTH, CONTEXT_LENGTH)
+    assert text.vocab_size == len(tokenizer)
     assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (591, 592, 592)
     tokens = tokenize(tokenizer, ["a fish", ""])
-    assert fresh.text_model(tokens).last_hidden_state.shape == (2, CONTEXT, TEXT_WIDTH)
+    assert fresh.text_model(tokens).last_hidden_state.shape == (2, CONTEXT_LENGTH, MINIATURE_TEXT_WIDTH)
     seen = fresh.vision_model(torch.zeros(1, 3, 64, 64)).last_hidden_state
     assert seen.shape == (1, 65, 128), "64 patches and a class"
 

@@ -1,27 +1,31 @@
-"""One dataclass, three views: notebook, command line, file."""
+"""One dataclass, three views: notebook, command line, file; and what was declared apart from what follows from it."""
 
+import copy
+import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 
+from diffusion_lessons.butterflies.config import PRESETS, TrainingConfig, parse_butterflies, train_butterflies
 from diffusion_lessons.engine.config import (
-    PRESETS,
     InputError,
     LaunchOptions,
-    TrainingConfig,
+    RunConfig,
     load_config,
     option,
-    parse_command_line,
+    public_fields,
     save_config,
 )
+from diffusion_lessons.engine.publishing import changed_fields
+from diffusion_lessons.pictures.sets import load_images
 
 
 def parse(*arguments: str) -> TrainingConfig:
-    return parse_command_line(arguments, TrainingConfig, PRESETS, "train-butterflies")[0]
+    return parse_butterflies(arguments)[0]
 
 
 def test_the_defaults_are_the_tutorials():
@@ -158,25 +162,49 @@ def test_yaml_spellings_that_surprise_are_read_as_meant(tmp_path):
     assert config.learning_rate == 1e-4 and config.mixed_precision == "no"
 
 
-def test_the_help_lists_every_field_with_its_default():
-    code = (
-        "from diffusion_lessons.engine.config import *;"
-        "parse_command_line(['--help'], TrainingConfig, PRESETS, 'train-butterflies')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0
-    for each in (*fields(TrainingConfig), *fields(LaunchOptions)):
-        assert f"--{each.name}" in done.stdout, each.name
-    assert "default: 0.0001" in " ".join(done.stdout.split())
-
-
 def test_parsing_does_not_import_torch():
     code = (
-        "import sys; from diffusion_lessons.engine.config import *;"
-        "parse_command_line(['--preset', 'quick'], TrainingConfig, PRESETS, 'x');"
+        "import sys; from diffusion_lessons.butterflies.config import parse_butterflies;"
+        "parse_butterflies(['--preset', 'quick'])[0].resolve();"
         "print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_the_command_answers_mistakes_without_torch():
+    code = (
+        "import sys; from diffusion_lessons.butterflies.config import train_butterflies;"
+        "print(train_butterflies(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--lerning_rate", "1"], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"] and "--learning_rate" in done.stderr
+
+
+def test_the_package_of_the_butterflies_offers_their_config():
+    from diffusion_lessons import butterflies
+
+    assert butterflies.TrainingConfig is TrainingConfig and butterflies.PRESETS is PRESETS
+    assert train_butterflies.__module__ == "diffusion_lessons.butterflies.config"
+
+
+def test_the_installed_command_points_at_its_front_door():
+    from importlib import import_module
+
+    settings = (Path(__file__).parent.parent / "settings.ini").read_text()
+    commands = dict(word.split("=") for word in re.search(r"^console_scripts = (.+)$", settings, re.M)[1].split())
+    assert set(commands) == {"train-butterflies", "train-dreambooth", "generate-images"}
+    for place in commands.values():
+        module, _, name = place.partition(":")
+        assert callable(getattr(import_module(module), name))
+
+
+def test_the_engine_knows_no_pictures():
+    import diffusion_lessons.engine.commands
+    import diffusion_lessons.engine.config
+
+    for module in (diffusion_lessons.engine.config, diffusion_lessons.engine.commands):
+        assert not {"TrainingConfig", "PRESETS", "train_butterflies"} & set(vars(module))
+    assert not {"image_size", "dataset_name", "sampler", "num_epochs"} & {each.name for each in fields(RunConfig)}
 
 
 def test_every_field_documents_itself():
@@ -211,3 +239,131 @@ def test_none_can_be_said_on_the_command_line():
         parse("--train_batch_size", "None")
     with pytest.raises(InputError, match="invalid float value: 'none'"):
         parse("--snr_gamma", "none")
+
+
+# --- declared and resolved ---
+
+
+def test_what_follows_from_other_fields_is_not_declared():
+    config = TrainingConfig(train_data_dir="flies", center_crop=True, sampler="ddim")
+    assert (config.dataset_name, config.resize, config.num_inference_steps) == ("meadow", "squeeze", None)
+    resolved = config.resolve()
+    assert type(resolved) is TrainingConfig
+    assert (resolved.dataset_name, resolved.resize, resolved.num_inference_steps) == ("imagefolder", "crop", 50)
+
+
+def test_resolving_changes_nothing_and_leads_back():
+    config = TrainingConfig(sampler="ddpm", ddpm_num_steps=400)
+    before = copy.deepcopy(vars(config))
+    resolved = config.resolve()
+    assert vars(config) == before and resolved is not config
+    assert resolved.declared is config and config.declared is config
+    assert resolved.resolve() is resolved and resolved.num_inference_steps == 400
+    again = replace(resolved.declared, sampler="dpmsolver++").resolve()
+    assert again.num_inference_steps == 25, "what was declared is changed, and what follows from it follows"
+
+
+def test_a_run_without_anything_to_fill_in_resolves_to_an_equal_one():
+    config = RunConfig(seed=3)
+    assert config.resolve() == config and config.resolve().declared is config
+
+
+def test_a_config_changed_in_a_notebook_is_resolved_as_it_stands():
+    config = TrainingConfig()
+    config.sampler = "ddpm"
+    assert config.resolve().num_inference_steps == 1000
+
+
+def test_a_resolved_config_can_be_copied_and_sent_to_another_process():
+    import pickle
+
+    resolved = TrainingConfig(seed=2).resolve()
+    for other in (copy.deepcopy(resolved), pickle.loads(pickle.dumps(resolved))):
+        assert other == resolved and other.declared == resolved.declared and other.resolve() is other
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 1000), ("ddim", 50), ("dpmsolver++", 25)])
+def test_a_saved_run_with_another_sampler_takes_that_ones_steps(tmp_path, sampler, steps):
+    file = tmp_path / "training_config.json"
+    save_config(TrainingConfig().resolve(), file)
+    config = parse("--config", str(file), "--sampler", sampler)
+    assert config.resolve().num_inference_steps == steps
+    short = parse("--config", str(file), "--sampler", sampler, "--ddpm_num_steps", "20")
+    assert short.resolve().num_inference_steps == 20
+
+
+def test_a_saved_run_on_a_folder_may_go_on_with_a_data_set_of_the_hub(tmp_path):
+    file = tmp_path / "training_config.json"
+    save_config(TrainingConfig(train_data_dir=str(tmp_path)).resolve(), file)
+    assert parse("--config", str(file)).resolve().dataset_name == "imagefolder"
+    other = parse("--config", str(file), "--dataset_name", "a/set", "--train_data_dir", "None").resolve()
+    assert (other.dataset_name, other.train_data_dir) == ("a/set", None)
+    both = parse("--config", str(file), "--dataset_name", "a/set").resolve()
+    with pytest.raises(InputError, match="--dataset_name a/set: --train_data_dir is given too"):
+        load_images(both.dataset_name, both.train_data_dir, 16)
+    back = parse("--config", str(file), "--train_data_dir", "None").resolve()
+    assert (back.dataset_name, back.train_data_dir) == ("meadow", None), "without the folder, the set of before"
+
+
+def test_a_saved_middle_crop_can_be_taken_back(tmp_path):
+    file = tmp_path / "training_config.json"
+    save_config(TrainingConfig(center_crop=True).resolve(), file)
+    assert parse("--config", str(file)).resolve().resize == "crop"
+    assert parse("--config", str(file), "--center_crop", "False").resolve().resize == "squeeze"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_saved_and_read_is_equal_declared_and_resolved(tmp_path, preset):
+    file = tmp_path / "training_config.json"
+    config = TrainingConfig(**PRESETS[preset], train_data_dir="flies")
+    save_config(config.resolve(), file)
+    again = load_config(file, TrainingConfig)
+    assert again == config and again.resolve() == config.resolve()
+    save_config(config, tmp_path / "declared.json")
+    assert file.read_text() == (tmp_path / "declared.json").read_text()
+
+
+def test_what_is_written_of_a_resolved_config_where():
+    resolved = TrainingConfig(sampler="ddim", hub_token="hf_secret").resolve()
+    assert public_fields(resolved)["num_inference_steps"] == 50, "a checkpoint and a tracker hold what the run went by"
+    assert changed_fields(resolved) == {"sampler": "ddim"}, "a model card holds what was declared"
+
+
+@pytest.mark.parametrize("wrong", [{"sampler": "ddim", "num_inference_steps": 1001}, {"ddpm_num_steps": 0}])
+def test_a_resolved_value_is_checked_when_the_config_is_built(wrong):
+    with pytest.raises(InputError):
+        TrainingConfig(**wrong)
+
+
+def test_a_kind_of_training_overrides_one_method():
+    @dataclass
+    class Sketch(RunConfig):
+        """A run that draws."""
+
+        strokes: int | None = option(None, "strokes of a drawing; by default four times the batch")
+
+        def fill_in(self) -> None:
+            super().fill_in()
+            self.strokes = self.strokes or 4 * self.train_batch_size
+
+        def check(self) -> None:
+            super().check()
+            if self.strokes > 100:
+                raise InputError(f"--strokes {self.strokes}: at most 100")
+
+    assert Sketch(train_batch_size=5).strokes is None and Sketch(train_batch_size=5).resolve().strokes == 20
+    with pytest.raises(InputError, match="--strokes 120"):
+        Sketch(train_batch_size=30)
+
+
+def test_training_command_hands_on_a_resolved_config():
+    from diffusion_lessons.engine.commands import training_command
+
+    seen = []
+    code = training_command("x", TrainingConfig, PRESETS, lambda config, options: seen.append(config), ["--seed", "4"])
+    assert code == 0 and seen[0].num_inference_steps == 25 and seen[0].declared.num_inference_steps is None
+
+
+def test_no_field_was_lost_in_the_groups():
+    assert len(fields(RunConfig)) == 38 and len(fields(TrainingConfig)) == 62
+    assert json.loads(json.dumps(asdict(TrainingConfig().resolve())))["image_size"] == 128

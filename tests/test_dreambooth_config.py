@@ -147,7 +147,7 @@ def test_a_flag_of_the_scripts_means_what_it_meant(script, flag, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")  # offline, --push_to_hub is refused
     kind, default, other = TABLES[script][flag]
     lora = {"lora": True} if TABLES[script] is LORA else {}
-    config = parse(**lora)
+    config = parse(**lora).resolve()
     if flag not in NEEDED:
         assert getattr(config, flag) == default, "the default"
     if flag in REFUSED:
@@ -194,7 +194,9 @@ def test_every_choice_of_the_scripts_is_a_choice(flag, choices):
 def test_interpolations_are_those_that_pictures_can_be_resized_with():
     from diffusion_lessons.dreambooth.subject import RESAMPLING
 
-    modes = {parse(image_interpolation_mode=choice).image_interpolation_mode for choice in get_args(INTERPOLATION)}
+    configs = [parse(image_interpolation_mode=choice) for choice in get_args(INTERPOLATION)]
+    modes = {config.resolve().image_interpolation_mode for config in configs}
+    assert [config.image_interpolation_mode for config in configs] == list(get_args(INTERPOLATION)), "as declared"
     assert len(modes) == 7 and modes <= set(RESAMPLING)
 
 
@@ -202,22 +204,73 @@ def test_interpolations_are_those_that_pictures_can_be_resized_with():
 
 
 def test_lora_moves_the_defaults_and_nothing_that_was_named():
-    full, lora = DreamBoothConfig(**NEEDED), DreamBoothConfig(**NEEDED, lora=True)
+    full, lora = DreamBoothConfig(**NEEDED).resolve(), DreamBoothConfig(**NEEDED, lora=True).resolve()
     moved = {name for name, value in asdict(full).items() if value != getattr(lora, name)} - {"lora"}
     assert moved == {"learning_rate", "output_dir", "image_interpolation_mode", "validation_steps", "validation_epochs"}
     named = dict(learning_rate=1e-4, output_dir="here", image_interpolation_mode="box", validation_steps=20)
-    config = DreamBoothConfig(**NEEDED, lora=True, **named)
+    config = DreamBoothConfig(**NEEDED, lora=True, **named).resolve()
     assert {name: getattr(config, name) for name in named} == named and config.validation_epochs is None
-    assert DreamBoothConfig(**NEEDED, validation_epochs=3).validation_steps is None
+    assert DreamBoothConfig(**NEEDED, validation_epochs=3).resolve().validation_steps is None
 
 
-def test_a_saved_config_comes_back_and_keeps_what_was_filled_in(tmp_path):
+def saved(folder, **values) -> str:
+    """The file that a run with these values leaves."""
+    save_config(DreamBoothConfig(**NEEDED | values).resolve(), folder / "training_config.json")
+    return str(folder / "training_config.json")
+
+
+def moved_by_lora(config: DreamBoothConfig) -> tuple:
+    """The fields in which the two scripts differ."""
+    return (config.learning_rate, config.output_dir, config.image_interpolation_mode, config.validation_steps,
+            config.validation_epochs)
+
+
+FULL_DEFAULTS = (5e-6, "dreambooth-model", "bilinear", 100, None)
+LORA_DEFAULTS = (5e-4, "lora-dreambooth-model", "lanczos", None, 50)
+
+
+def test_a_saved_full_run_with_lora_has_loras_defaults(tmp_path):
+    file = saved(tmp_path)
+    assert moved_by_lora(parse_dreambooth(["--config", file])[0].resolve()) == FULL_DEFAULTS
+    assert moved_by_lora(parse_dreambooth(["--config", file, "--lora"])[0].resolve()) == LORA_DEFAULTS
+
+
+def test_a_saved_adapter_run_without_lora_has_the_full_runs_defaults(tmp_path):
+    file = saved(tmp_path, lora=True)
+    assert moved_by_lora(parse_dreambooth(["--config", file])[0].resolve()) == LORA_DEFAULTS
+    assert moved_by_lora(parse_dreambooth(["--config", file, "--lora", "False"])[0].resolve()) == FULL_DEFAULTS
+
+
+def test_what_was_named_stays_when_a_saved_run_gets_lora(tmp_path):
+    file = saved(tmp_path, learning_rate=5e-6, image_interpolation_mode="nearest_exact", validation_epochs=3)
+    config = parse_dreambooth(["--config", file, "--lora"])[0]
+    assert moved_by_lora(config.resolve()) == (5e-6, "lora-dreambooth-model", "nearest-exact", None, 3)
+    assert config.image_interpolation_mode == "nearest_exact", "as it was written"
+
+
+def test_resolving_leaves_the_config_as_it_was_declared():
+    config = DreamBoothConfig(**NEEDED, lora=True)
+    before = asdict(config)
+    resolved = config.resolve()
+    assert asdict(config) == before and moved_by_lora(config) == (None,) * 5
+    assert moved_by_lora(resolved) == LORA_DEFAULTS and resolved.declared is config and resolved.resolve() is resolved
+    assert resolved.seed is None, "a seed is drawn where the run begins"
+
+
+def test_folders_are_checked_by_what_follows_from_the_flags():
+    assert parse(class_data_dir="dreambooth-model", lora=True).resolve().output_dir == "lora-dreambooth-model"
+    with pytest.raises(InputError, match="--class_data_dir lora-dreambooth-model"):
+        parse(class_data_dir="lora-dreambooth-model", lora=True)
+
+
+def test_a_saved_config_comes_back_as_it_was_declared(tmp_path):
     config = DreamBoothConfig(**NEEDED, lora=True, hub_token="hf_secret", validation_prompt="one prompt")
     save_config(config, tmp_path / "training_config.json")
     assert "hf_secret" not in (tmp_path / "training_config.json").read_text() + repr(config)
     again = load_config(tmp_path / "training_config.json", DreamBoothConfig)
     config.hub_token = None
-    assert again == config and again.validation_prompt == ["one prompt"] and again.learning_rate == 5e-4
+    assert again == config and again.validation_prompt == ["one prompt"] and again.learning_rate is None
+    assert again.resolve() == config.resolve() and again.resolve().learning_rate == 5e-4
 
 
 def test_what_a_run_has_in_common_keeps_its_names_and_marks():
@@ -324,6 +377,7 @@ def test_layers_are_default_preset_file_flag(tmp_path):
 def test_none_takes_a_presets_value_away():
     config, _ = parse_dreambooth(
         ["--preset", "quick", "--lora", "--learning_rate", "None", "--validation_steps", "None"])  # fmt: skip
+    config = config.resolve()
     assert (config.learning_rate, config.validation_steps, config.validation_epochs) == (5e-4, None, 50)
 
 

@@ -5,7 +5,6 @@ import copy
 import math
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +17,13 @@ from diffusion_lessons.dreambooth import loop
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.loop import dreambooth_loop, look_at_prompts, validation_grid
 from diffusion_lessons.dreambooth.subject import Prompts, SubjectData
-from diffusion_lessons.engine.optimization import make_optimizer, mixed_seed
+from diffusion_lessons.engine.data import mixed_seed
+from diffusion_lessons.engine.optimization import make_optimizer
 from diffusion_lessons.engine.run import start_run
-from diffusion_lessons.miniature.captions import shipped
-from diffusion_lessons.miniature.latent_diffusion import draw, make_latent_scheduler, make_pipeline
+from diffusion_lessons.miniature.latent_diffusion import make_latent_scheduler, make_pipeline
 from diffusion_lessons.pictures.figures import make_grid
-from diffusion_lessons.stable_diffusion.folder import load_pipeline
+from diffusion_lessons.stable_diffusion.drawing import draw
+from diffusion_lessons.stable_diffusion.folder import load_pipeline, shipped
 
 WIDTH = 128  # of what the miniature's text encoder says
 
@@ -66,7 +66,7 @@ class StandIn:
     """A run of the given batches, without Accelerate: it notes each loss and keeps the gradients of the last one."""
 
     def __init__(self, model, batches, seed: int = 5) -> None:
-        self.model, self._batches, self.device, self.losses = model, batches, torch.device("cpu"), []
+        self.model, self._batches, self.prepared, self.losses = model, batches, {"unet": model}, []
         self.generator = torch.Generator().manual_seed(seed)
         self.accumulate, self.global_step = contextlib.nullcontext, 0
 
@@ -214,9 +214,9 @@ def test_a_real_run_makes_the_reference_steps(pipeline, tmp_path):
     by_hand = copy.deepcopy(model)
 
     class Noting(SubjectData):
-        def latents(self, batch, run):
+        def latents(self, batch, generator):
             seen.append([each.clone() for each in batch])
-            return super().latents(batch, run)
+            return super().latents(batch, generator)
 
     with start_run(config, {"unet": model}, make_optimizer(model.parameters(), config), loader) as run:
         dreambooth_loop(run, config, Noting(*watched), make_latent_scheduler())
@@ -297,14 +297,13 @@ class Due:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.steps_per_epoch, self.asked, self.logged, self.averaged = folder, 3, [], [], 0
-        self.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
 
     def sample_due(self, every: int, at_the_end: bool = False) -> Path | None:
         self.asked.append((every, at_the_end))
         return self.folder / "step-000006.png"
 
     @contextlib.contextmanager
-    def averaged_weights(self):
+    def looking(self):
         self.averaged += 1
         yield
 
@@ -314,7 +313,7 @@ class Due:
 
 def test_validation_pictures_become_a_file_and_go_to_the_tracker(drawn, tmp_path):
     run = Due(tmp_path)
-    look_at_prompts(run, a_config(validation_prompt=[SUBJECT, CLASS], num_validation_images=3, seed=4), None)
+    look_at_prompts(run, a_config(validation_prompt=[SUBJECT, CLASS], num_validation_images=3, seed=4).resolve(), None)
     with Image.open(tmp_path / "step-000006.png") as grid:
         assert grid.size == (96, 64)
     assert run.logged == [("validation", (96, 64))] and run.averaged == 1
@@ -327,7 +326,7 @@ def test_validation_pictures_become_a_file_and_go_to_the_tracker(drawn, tmp_path
 )  # fmt: skip
 def test_validation_is_due_by_steps_or_by_epochs(drawn, tmp_path, fields, every):
     run = Due(tmp_path)
-    look_at_prompts(run, a_config(validation_prompt=SUBJECT, **fields), None)
+    look_at_prompts(run, a_config(validation_prompt=SUBJECT, **fields).resolve(), None)
     assert run.asked == [(every, True)]
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,12 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
+import diffusion_lessons.dreambooth.class_images as class_images
+import diffusion_lessons.dreambooth.fidelity as fidelity
 import diffusion_lessons.dreambooth.inference as inference
 import diffusion_lessons.dreambooth.loop as loop
-import diffusion_lessons.dreambooth.prior as prior
 import diffusion_lessons.miniature.autoencoder as autoencoder
 import diffusion_lessons.miniature.latent_diffusion as latent_diffusion
-import diffusion_lessons.stable_diffusion.folder as pretrained
+import diffusion_lessons.stable_diffusion.prompts as prompts_room
 from diffusion_lessons.diffusion.noise import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.dreambooth.config import DreamBoothConfig, GenerationConfig
@@ -39,20 +40,20 @@ from diffusion_lessons.dreambooth.lora import (
     save_adapters,
 )
 from diffusion_lessons.dreambooth.subject import instance_source, load_subject
-from diffusion_lessons.dreambooth.training import choose_models, main, train
+from diffusion_lessons.dreambooth.training import choose_models, main, precision_plan, train
 from diffusion_lessons.engine.checkpoints import list_checkpoints, without_warnings
 from diffusion_lessons.engine.optimization import make_optimizer
 from diffusion_lessons.miniature.autoencoder import AutoencoderConfig, train_autoencoder
-from diffusion_lessons.miniature.captions import load_tokenizer, shipped
 from diffusion_lessons.miniature.latent_diffusion import (
     DiffusionConfig,
-    draw,
     make_latent_scheduler,
     make_pipeline,
     train_diffusion,
 )
 from diffusion_lessons.miniature.model import read_log
-from diffusion_lessons.stable_diffusion.folder import load_pipeline
+from diffusion_lessons.stable_diffusion.drawing import draw
+from diffusion_lessons.stable_diffusion.folder import load_pipeline, shipped
+from diffusion_lessons.stable_diffusion.prompts import load_tokenizer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ON_SNOW = "a photo of a sks butterfly on snow"
@@ -408,10 +409,10 @@ def test_pictures_get_the_size_and_the_crop_that_were_asked_for(mode, size, wide
 
 @covers(DreamBoothConfig, "instance_prompt", "class_prompt")
 def test_the_unet_hears_the_prompts_of_the_config(base, pictures, a_config):
-    pipeline, run = load_pipeline(base), SimpleNamespace(device=torch.device("cpu"))
+    pipeline = load_pipeline(base)
     sources = [instance_source(str(pictures), 32)] * 2
     config = a_config(instance_prompt=ON_SNOW, class_prompt="a photo of a fish")
-    heard = load_subject(config, pipeline, sources).prompts(run, 2)
+    heard = load_subject(config, pipeline, sources).prompts(2, torch.device("cpu"))
     expected = pipeline.encode_prompt([ON_SNOW, "a photo of a fish"], "cpu", 1, do_classifier_free_guidance=False)[0]
     torch.testing.assert_close(heard, expected)
 
@@ -422,7 +423,7 @@ def test_the_unet_hears_the_prompts_of_the_config(base, pictures, a_config):
 @covers(DreamBoothConfig, "with_prior_preservation", "class_data_dir", "class_prompt", "num_class_images",
         "sample_batch_size", "prior_generation_precision")  # fmt: skip
 def test_class_images_are_drawn_as_many_at_once_and_as_precisely_as_asked(a_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(prior, "draw", drawing := Drawing())
+    monkeypatch.setattr(class_images, "draw", drawing := Drawing())
     chosen = dict(lora=True, class_data_dir=str(tmp_path / "class"), class_prompt="a photo of a fish",
                   num_class_images=7, sample_batch_size=3)  # fmt: skip
     train(a_config(**chosen))
@@ -459,7 +460,7 @@ def test_activations_are_computed_twice_where_memory_is_to_be_saved(text, lora, 
     calls = {}
     for saving in (False, True):
         config, pipeline = a_config(lora=lora, train_text_encoder=text, gradient_checkpointing=saving), fresh(base)
-        models = choose_models(config, pipeline)
+        models = choose_models(config, pipeline, precision_plan(config, torch.device("cpu")))
         assert list(models) == ["unet", "text_encoder"] if text else ["unet"]
         layers = {"unet": pipeline.unet.up_blocks[1].resnets[0]}
         layers["text_encoder"] = next(module for name, module in pipeline.text_encoder.named_modules()
@@ -492,11 +493,12 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32, No
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 def test_on_a_gpu_what_learns_keeps_32_bits_and_the_rest_is_halved(lora, text, precision, base, a_config):
-    """The GPU is on paper only: the pipeline says that it is there."""
+    """The GPU is on paper only: a plan for it, carried out on PyTorch's device without memory."""
     pipeline = fresh(base)
     parts = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
-    on_paper = SimpleNamespace(**parts, device=torch.device("cuda", 0))
-    models = choose_models(a_config(lora=lora, train_text_encoder=text, mixed_precision=precision), on_paper)
+    config = a_config(lora=lora, train_text_encoder=text, mixed_precision=precision)
+    on_paper = replace(precision_plan(config, torch.device("cuda", 0)), device=torch.device("meta"))
+    models = choose_models(config, pipeline, on_paper)
     assert list(models) == ["unet", "text_encoder"] if text else ["unet"]
     for name, part in parts.items():
         learning = [each for each in part.parameters() if each.requires_grad]
@@ -509,7 +511,8 @@ def test_on_a_gpu_what_learns_keeps_32_bits_and_the_rest_is_halved(lora, text, p
 @covers(DreamBoothConfig, "mixed_precision")
 def test_on_a_cpu_nothing_is_halved(base, a_config):
     pipeline = fresh(base)
-    choose_models(a_config(lora=True, mixed_precision="bf16"), pipeline)
+    config = a_config(lora=True, mixed_precision="bf16")
+    choose_models(config, pipeline, precision_plan(config, torch.device("cpu")))
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert {each.dtype for part in parts for each in part.parameters()} == {torch.float32}
 
@@ -554,7 +557,7 @@ def watched(request, base, pictures, tmp_path_factory) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw", found.grids)
-        patch.setattr(prior, "draw", measured)
+        patch.setattr(fidelity, "draw", measured)
         patch.setattr(torch.nn.Dropout, "forward", dropout)
         found.losses = train(found.config)
     return found
@@ -637,7 +640,7 @@ def test_what_learns_is_in_training_mode(watched):
 
 @covers(DreamBoothConfig, "fidelity_model")
 def test_the_table_is_made_by_the_clip_that_was_named(a_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(prior, "draw", Drawing())
+    monkeypatch.setattr(fidelity, "draw", Drawing())
     model = CLIPModel.from_pretrained(shipped("miniature/clip"))
     with torch.no_grad():
         model.visual_projection.weight.mul_(torch.linspace(-1, 1, len(model.visual_projection.weight))[:, None])
@@ -729,7 +732,7 @@ def hub(base, tmp_path, monkeypatch) -> SimpleNamespace:
     index = {"_class_name": "StableDiffusionPipeline"}
     monkeypatch.setattr(DiffusionPipeline, "load_config", answer("index", index, DiffusionPipeline.load_config))
     monkeypatch.setattr(DiffusionPipeline, "download", answer("model", str(found.model)))
-    monkeypatch.setattr(pretrained, "snapshot_download", answer("tokenizer", str(tmp_path / "tokenizer")))
+    monkeypatch.setattr(prompts_room, "snapshot_download", answer("tokenizer", str(tmp_path / "tokenizer")))
     return found
 
 

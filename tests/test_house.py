@@ -88,16 +88,9 @@ def test_every_module_has_its_notebook_and_the_other_way_round():
     assert set(MODULES) == set(ROOMS)
 
 
-TO_BE_STRAIGHTENED = {
-    ("engine.optimization", "pictures.sets"), ("engine.run", "pictures.batches"),
-    ("stable_diffusion.folder", "miniature.captions"),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_a_room_imports_only_from_its_own_folder_and_from_those_below(module):
     above = {name for name in imported(module, TREES[module]) if floor(name) > floor(module)}
-    above -= {name for room, name in TO_BE_STRAIGHTENED if room == module}
     assert not above, f"{module} imports {sorted(above)}"
 
 
@@ -121,6 +114,80 @@ def later():
     assert imported("dreambooth.loop", ast.parse("from ..diffusion.noise import add_noise")) == {"diffusion.noise"}
 
 
+def reached(start: str) -> set[str]:
+    """The rooms that a room's imports lead to, over any number of others."""
+    seen, waiting = set(), [start]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting += imported(module, TREES[module])
+    return seen - {start}
+
+
+def doors(module: str, tree: ast.Module) -> set[str]:
+    """The folders that a module imports as a whole: their `__init__.py` may lead to any room in them."""
+    folders, here, found = {name.split(".")[0] for name in MODULES if "." in name}, module.split(".")[:-1], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            parts = [*base, *(node.module.split(".") if node.module else [])]
+            parts = parts[1:] if not node.level and parts[0] == NAME else parts if node.level else ["elsewhere"]
+            found |= {alias.name for alias in node.names} if not parts else {parts[0]} if len(parts) == 1 else set()
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix(f"{NAME}.") for alias in node.names if alias.name.startswith(f"{NAME}.")}
+    return found & folders
+
+
+def test_the_check_sees_every_door():
+    code = """
+from .. import miniature
+from ..butterflies import train_loop
+from diffusion_lessons import dreambooth
+import diffusion_lessons.engine
+from ..pictures.sets import ImageSet
+from elsewhere import pictures
+"""
+    found = {"miniature", "butterflies", "dreambooth", "engine"}
+    assert doors("dreambooth.loop", ast.parse(code)) == found, "the room of a folder is no door, nor is another package"
+    assert doors("metrics", ast.parse("from . import miniature")) == {"miniature"}
+
+
+@pytest.mark.parametrize("module", ["dreambooth.training", "dreambooth.inference", "metrics"])
+def test_nothing_that_serves_a_real_model_leads_into_the_miniature(module):
+    """Not over any number of rooms, and not through the door, which resolves its names lazily."""
+    for room in sorted({module} | reached(module)):
+        assert not room.startswith("miniature."), f"{module} reaches {room}"
+        assert "miniature" not in doors(room, TREES[room]), f"{room} goes through the miniature's door"
+
+
+def test_drawing_needs_no_trainer():
+    rooms = {"dreambooth.inference"} | reached("dreambooth.inference")
+    assert not {room for room in rooms if room == "engine.run" or room.split(".")[-1] in ("training", "loop")}
+    assert not any({"dreambooth", "butterflies"} & doors(room, TREES[room]) for room in rooms)
+
+
+def test_what_all_stable_diffusions_share_rests_on_pictures_and_diffusion():
+    below = {"engine", "pictures", "diffusion", "stable_diffusion"}
+    for module in MODULES:
+        if module.startswith("stable_diffusion."):
+            assert {name.split(".")[0] for name in imported(module, TREES[module])} <= below, module
+
+
+# The parts that every command's room has, under the same names.
+OF_EVERY_COMMAND = {"main", "train", "micro_step", "dry_run", "check_before_work"}
+
+
+def test_one_definition_of_each_public_name():
+    places: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        for name, _ in public(tree):
+            if "." not in name and name not in OF_EVERY_COMMAND:
+                places.setdefault(name, []).append(module)
+    twice = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert not twice, f"one name, two things: {twice}"
+
+
 def test_no_module_is_a_drawer_for_everything():
     drawers = {"utils", "util", "helpers", "common", "misc", "core"}
     assert not {name for name in MODULES if name.split(".")[-1] in drawers}
@@ -142,6 +209,23 @@ def test_modules_are_rooms_and_not_halls(module):
     if count > LINES:
         warnings.warn(f"{module} has {count} lines of code; {LINES} is the aim", stacklevel=1)
     assert count <= LINES + 50
+
+
+FUNCTION_LINES = 25  # without the docstring
+
+
+def test_functions_are_one_idea_each():
+    """A guidance: what is longer is named in a warning, and what is twice as long is refused."""
+    lengths = {}
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+                lengths[f"{module}.{node.name}"] = node.end_lineno - first.lineno + 1
+    long = {name: length for name, length in lengths.items() if length > FUNCTION_LINES}
+    if long:
+        warnings.warn(f"longer than {FUNCTION_LINES} lines: {long}", stacklevel=1)
+    assert max(lengths.values()) <= 2 * FUNCTION_LINES and len(long) <= 8
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -21,23 +21,18 @@ from diffusion_lessons.dreambooth import inference, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig, GenerationConfig
 from diffusion_lessons.dreambooth.inference import (
     about_pictures,
-    check_new_folder,
-    comparison_sheet,
-    find_base,
-    label,
-    load_checkpoint,
     main,
+    missing_word_notes,
     model_name,
     next_number,
-    prompt_notes,
-    run_config,
-    save_as_model,
     save_numbered,
 )
+from diffusion_lessons.dreambooth.loading import check_new_folder, find_base, load_checkpoint, run_config, save_as_model
 from diffusion_lessons.dreambooth.training import train
 from diffusion_lessons.engine.checkpoints import PROGRESS, write_json
 from diffusion_lessons.engine.config import InputError
-from diffusion_lessons.miniature.latent_diffusion import draw
+from diffusion_lessons.pictures.sheets import comparison_sheet, label
+from diffusion_lessons.stable_diffusion.drawing import draw
 from diffusion_lessons.stable_diffusion.folder import load_pipeline
 
 SETTINGS = ["--num_inference_steps", "2", "--size", "16", "--num_images", "2", "--guidance_scale", "2"]
@@ -371,13 +366,13 @@ def test_a_prompt_is_needed_unless_a_model_is_to_be_saved(runs, tmp_path, capfd)
      ("a dog", "a photo of dog", "a photo of dog", None)],
 )  # fmt: skip
 def test_a_prompt_without_its_identifier_is_said(prompt, taught, of_class, said):
-    notes = prompt_notes([prompt], {"instance_prompt": taught, "class_prompt": of_class})
+    notes = missing_word_notes([prompt], {"instance_prompt": taught, "class_prompt": of_class})
     assert len(notes) == (said is not None)
     assert said is None or (said in notes[0] and repr(prompt) in notes[0])
 
 
 def test_of_an_unknown_model_nothing_is_said():
-    assert prompt_notes(["a dog"], {}) == []
+    assert missing_word_notes(["a dog"], {}) == []
 
 
 @pytest.mark.parametrize("words", [["--model_path", "both"], ["--checkpoint", "both/checkpoint-1"],

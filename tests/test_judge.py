@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusion_lessons.engine.config import InputError
-from diffusion_lessons.miniature.captions import ATTRIBUTES, HELD_OUT, render_scenes, shipped
+from diffusion_lessons.miniature.captions import ATTRIBUTES, HELD_OUT, render_scenes
 from diffusion_lessons.miniature.judge import (
     JudgeConfig,
     Verdict,
@@ -20,6 +20,7 @@ from diffusion_lessons.miniature.judge import (
     train_judge,
 )
 from diffusion_lessons.pictures.meadow import PLACES, TRIPLES, background
+from diffusion_lessons.stable_diffusion.folder import shipped
 
 
 def generator(seed: int = 0) -> torch.Generator:

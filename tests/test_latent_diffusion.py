@@ -14,23 +14,23 @@ from diffusion_lessons.diffusion.noise import alphas_cumprod_for, betas_for
 from diffusion_lessons.diffusion.sampling import make_sampler, to_uint8
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.miniature import latent_diffusion
-from diffusion_lessons.miniature.autoencoder import encode_moments
-from diffusion_lessons.miniature.captions import HELD_OUT, all_captions, render_scenes, say_some, shipped
+from diffusion_lessons.miniature.captions import HELD_OUT, all_captions, render_scenes, say_some
 from diffusion_lessons.miniature.latent_diffusion import (
-    WATCHED,
+    WATCHED_PROMPTS,
     DiffusionConfig,
-    draw,
-    encode_prompts,
     latent_set,
     load_frozen_parts,
     load_unet,
     make_latent_scheduler,
     make_pipeline,
     make_text_unet,
-    scaled_latents,
     train_diffusion,
 )
 from diffusion_lessons.pictures.meadow import caption
+from diffusion_lessons.stable_diffusion.drawing import draw
+from diffusion_lessons.stable_diffusion.folder import shipped
+from diffusion_lessons.stable_diffusion.latents import encode_moments, scaled_latents
+from diffusion_lessons.stable_diffusion.prompts import encode_prompts
 
 PROMPTS = ["a photo of a red butterfly on snow", "a photo of a blue fish on sand", "a green flower"]
 
@@ -295,8 +295,8 @@ def test_values_that_cannot_be_are_refused(tmp_path, fields):
 
 
 def test_the_watched_prompts_are_sixteen_that_training_never_shows():
-    assert len(set(WATCHED)) == 16
-    assert set(WATCHED) <= {caption(*triple) for triple in HELD_OUT}
+    assert len(set(WATCHED_PROMPTS)) == 16
+    assert set(WATCHED_PROMPTS) <= {caption(*triple) for triple in HELD_OUT}
 
 
 def test_the_scheduler_of_a_folder_is_the_one_of_training():

@@ -27,7 +27,7 @@ from diffusion_lessons.dreambooth.lora import (
     to_kohya,
 )
 from diffusion_lessons.engine.config import InputError
-from diffusion_lessons.miniature.latent_diffusion import draw
+from diffusion_lessons.stable_diffusion.drawing import draw
 
 RANK = 3
 

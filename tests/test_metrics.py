@@ -15,8 +15,6 @@ from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.metrics import (
     CLIPEncoder,
     DINOEncoder,
-    JudgeEncoder,
-    check_images,
     cosine_similarities,
     diversity,
     kernel_distance,
@@ -26,10 +24,12 @@ from diffusion_lessons.metrics import (
     prompt_fidelity,
     subject_fidelity,
 )
-from diffusion_lessons.miniature.captions import render_scenes, shipped, to_caption
+from diffusion_lessons.miniature.captions import render_scenes, to_caption
 from diffusion_lessons.miniature.clip import make_clip, make_image_processor, similarities
-from diffusion_lessons.miniature.judge import make_judge
+from diffusion_lessons.miniature.judge import JudgeEncoder, make_judge
+from diffusion_lessons.pictures.batches import check_images
 from diffusion_lessons.pictures.meadow import COLOURS, KINDS, PLACES, draw_scene, draw_subject
+from diffusion_lessons.stable_diffusion.folder import shipped
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -271,7 +271,7 @@ def test_a_damaged_folder_is_named(tmp_path, clip_folder):
 
 
 def test_an_installation_without_the_miniature_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("diffusion_lessons.miniature.captions.files", lambda package: tmp_path)
+    monkeypatch.setattr("diffusion_lessons.stable_diffusion.folder.files", lambda package: tmp_path)
     with pytest.raises(InputError, match="has no trained miniature"):
         miniature.path()
     with pytest.raises(InputError, match="has no trained judge"):

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_lessons import miniature
 from diffusion_lessons.engine.config import InputError
-from diffusion_lessons.miniature.captions import HELD_OUT, encode_attributes, render_scenes, shipped
+from diffusion_lessons.miniature.captions import HELD_OUT, encode_attributes, render_scenes
 from diffusion_lessons.miniature.judge import judge_pictures, load_judge
-from diffusion_lessons.miniature.latent_diffusion import draw
 from diffusion_lessons.pictures.meadow import KINDS, TRIPLES, caption
 from diffusion_lessons.stable_diffusion import folder as pretrained
+from diffusion_lessons.stable_diffusion.drawing import draw
+from diffusion_lessons.stable_diffusion.folder import shipped
 
 TRAINED = ("clip", "autoencoder", "unet", "decoder")
 PARTS = ("scheduler", "tokenizer", *pretrained.NETWORKS)
@@ -195,13 +196,13 @@ def test_watching_attention_changes_nothing(pipeline):
     ("red " * 33, ["33 tokens and 30 fit", "'red red red'"]),
 ])  # fmt: skip
 def test_notes_on_prompts(pipeline, prompt, parts):
-    notes = " ".join(miniature.prompt_notes(prompt, pipeline.tokenizer))
+    notes = " ".join(miniature.caption_notes(prompt, pipeline.tokenizer))
     assert bool(notes) == bool(parts)
     assert all(part in notes for part in parts), notes
 
 
 def test_odd_prompts_are_said_and_drawn(pipeline, capsys):
-    pictures = miniature.generate(pipeline, ["", "a dog", "fish " * 40], num_inference_steps=1)
+    pictures = miniature.draw_with_notes(pipeline, ["", "a dog", "fish " * 40], num_inference_steps=1)
     said = capsys.readouterr().out
     assert pictures.shape == (3, 3, 64, 64)
     assert "'dog'" in said and "cut off" in said and said.count("note on") == 2

@@ -15,21 +15,21 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusion_lessons.diffusion.sampling import make_sampler
 from diffusion_lessons.engine.checkpoints import without_warnings
 from diffusion_lessons.engine.config import InputError
-from diffusion_lessons.miniature.captions import load_tokenizer, shipped
 from diffusion_lessons.stable_diffusion import folder as pretrained
+from diffusion_lessons.stable_diffusion.drawing import training_scheduler
 from diffusion_lessons.stable_diffusion.folder import (
     check_kind,
     copy_part,
     find_model,
-    find_tokenizer,
     load_pipeline,
     read_json,
-    training_scheduler,
+    shipped,
     variant_of,
     weight_files,
     weights_dtype,
     write_model,
 )
+from diffusion_lessons.stable_diffusion.prompts import find_tokenizer, load_tokenizer
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 NETWORKS = ("unet", "vae", "text_encoder")

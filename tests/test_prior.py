@@ -15,26 +15,26 @@ from PIL import Image
 from diffusion_lessons import miniature
 from diffusion_lessons.diffusion.noise import min_snr_weights
 from diffusion_lessons.diffusion.sampling import make_sampler
-from diffusion_lessons.dreambooth import prior
-from diffusion_lessons.dreambooth.config import DreamBoothConfig
-from diffusion_lessons.dreambooth.prior import (
-    ABOUT,
-    GENERATED,
-    FidelityTable,
+from diffusion_lessons.dreambooth import class_images, fidelity
+from diffusion_lessons.dreambooth.class_images import (
+    GENERATED_NAME,
+    RECIPE_FILE,
     check_class_folder,
     ensure_class_images,
     generate_missing,
     generation_recipe,
     missing_numbers,
-    prior_preservation_loss,
     recipe_key,
-    without_words,
 )
+from diffusion_lessons.dreambooth.config import DreamBoothConfig
+from diffusion_lessons.dreambooth.fidelity import FidelityTable, without_words
+from diffusion_lessons.dreambooth.prior import prior_preservation_loss
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.engine.devices import forget_accelerator
+from diffusion_lessons.engine.precision import Phase, PrecisionPlan, generation_precision
 from diffusion_lessons.metrics import CLIPEncoder
 from diffusion_lessons.pictures import meadow
-from diffusion_lessons.stable_diffusion.folder import training_scheduler
+from diffusion_lessons.stable_diffusion.drawing import training_scheduler
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -63,8 +63,8 @@ def quick(monkeypatch):
         settings |= {"num_inference_steps": 1, "size": 32}
         return real_draw(pipeline, prompts, seeds=seeds, seed=seed, **settings)
 
-    real_draw = prior.draw
-    monkeypatch.setattr(prior, "draw", draw)
+    real_draw = class_images.draw
+    monkeypatch.setattr(class_images, "draw", draw)
     return asked
 
 
@@ -138,7 +138,7 @@ def test_a_subfolder_or_a_file_is_refused(tmp_path):
 
 def test_hidden_files_and_those_of_file_managers_are_passed_over(tmp_path):
     folder = class_folder(tmp_path / "class", 2)
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", ABOUT):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", RECIPE_FILE):
         (folder / name).touch()
     for name in (".ipynb_checkpoints", "__MACOSX"):
         (folder / name).mkdir()
@@ -161,7 +161,7 @@ def test_the_folder_is_filled_with_different_pictures_and_their_recipe(tmp_path,
     assert [Path(name).name for name in source.names] == names and source.key == recipe_key(recipe)
     assert len(set(contents(tmp_path / "class").values())) == 5 and quick == [0, 1, 2, 3, 4]
     assert Image.open(source.open()(4)).mode == "RGB"
-    about = json.loads((tmp_path / "class" / ABOUT).read_text())
+    about = json.loads((tmp_path / "class" / RECIPE_FILE).read_text())
     assert about == recipe
     assert about["prompt"] == CLASS and about["solver"] == "dpmsolver++" and len(about["weights"]) == 16
     assert "generating 5 of 5 class images" in capsys.readouterr().out
@@ -172,7 +172,7 @@ def test_the_users_own_pictures_are_kept_used_first_and_counted(tmp_path, pipeli
     own = contents(class_folder(tmp_path / "class", 3))
     source = ensure_class_images(config(tmp_path), pipeline, accelerator)
     assert [Path(name).name for name in source.names[:3]] == ["00.png", "01.png", "02.png"]
-    assert all(GENERATED.fullmatch(Path(name).name) for name in source.names[3:]) and len(source.names) == 5
+    assert all(GENERATED_NAME.fullmatch(Path(name).name) for name in source.names[3:]) and len(source.names) == 5
     assert quick == [0, 1]
     after = contents(tmp_path / "class")
     assert {name: after[name] for name in own} == own
@@ -204,7 +204,7 @@ def test_another_prompt_or_other_weights_make_them_anew(tmp_path, pipeline, acce
     second = contents(tmp_path / "class")
     assert first.keys() & second.keys() == own.keys() and second["00.png"] == own["00.png"]
     assert "4 class images were made for another prompt or model" in capsys.readouterr().out
-    assert json.loads((tmp_path / "class" / ABOUT).read_text())["prompt"] == "a photo of a fish"
+    assert json.loads((tmp_path / "class" / RECIPE_FILE).read_text())["prompt"] == "a photo of a fish"
     bias = pipeline.vae.decoder.conv_out.bias
     with torch.no_grad():
         bias += 0.5
@@ -222,7 +222,7 @@ def test_the_recipe_does_not_ask_where_a_model_lies_or_what_the_runs_seed_is(tmp
 
 def test_a_generation_that_was_killed_goes_on(tmp_path, pipeline, accelerator, quick, monkeypatch):
     whole = contents_of_whole(tmp_path, pipeline, accelerator)
-    save, saved = prior.save_picture, []
+    save, saved = class_images.save_picture, []
 
     def killed(pixels, path):
         if len(saved) == 3:
@@ -231,10 +231,10 @@ def test_a_generation_that_was_killed_goes_on(tmp_path, pipeline, accelerator, q
         saved.append(path)
         save(pixels, path)
 
-    monkeypatch.setattr(prior, "save_picture", killed)
+    monkeypatch.setattr(class_images, "save_picture", killed)
     with pytest.raises(KeyboardInterrupt):
         ensure_class_images(config(tmp_path), pipeline, accelerator)
-    monkeypatch.setattr(prior, "save_picture", save)
+    monkeypatch.setattr(class_images, "save_picture", save)
     assert len(contents(tmp_path / "class")) == 3
     quick.clear()
     ensure_class_images(config(tmp_path), pipeline, accelerator)
@@ -272,7 +272,8 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path, pipeline, accelerator,
 
 
 def test_a_process_among_several_draws_its_share(tmp_path, pipeline, accelerator, quick, monkeypatch):
-    monkeypatch.setattr(prior, "on_main", lambda accelerator, function: [4, 5, 6, 7, 8])  # as broadcast by the main one
+    # What the main process found missing, as broadcast to this one.
+    monkeypatch.setattr(class_images, "on_main", lambda accelerator, function: [4, 5, 6, 7, 8])
     second = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2, device=accelerator.device,
                              wait_for_everyone=lambda: None)  # fmt: skip
     (tmp_path / "class").mkdir()
@@ -282,13 +283,13 @@ def test_a_process_among_several_draws_its_share(tmp_path, pipeline, accelerator
 
 def test_class_images_have_their_solver_whatever_validates(tmp_path, pipeline, accelerator, quick, monkeypatch):
     """`--validation_scheduler DDPMScheduler` is not for these: 25 of its steps make bad pictures."""
-    seen, draw = [], prior.draw
+    seen, draw = [], class_images.draw
 
     def watched(pipeline, prompts, **settings):
         seen.append(pipeline.scheduler)
         return draw(pipeline, prompts, **settings)
 
-    monkeypatch.setattr(prior, "draw", watched)
+    monkeypatch.setattr(class_images, "draw", watched)
     before = pipeline.scheduler
     pipeline.scheduler = validating = make_sampler(training_scheduler(pipeline), "ddpm")
     try:
@@ -301,7 +302,8 @@ def test_class_images_have_their_solver_whatever_validates(tmp_path, pipeline, a
 
 @pytest.mark.parametrize("precision, on", [(None, None), ("no", None), ("fp32", None), ("bf16", torch.bfloat16)])
 def test_the_precision_of_the_generation(precision, on):
-    with prior.generation_autocast(precision, torch.device("cpu")):
+    plan = PrecisionPlan(torch.device("cpu"), generation=generation_precision(precision, "cpu"))
+    with plan.autocast(Phase.CLASS_IMAGES):
         assert torch.is_autocast_enabled("cpu") == (on is not None)
         assert on is None or torch.get_autocast_dtype("cpu") == on
 
@@ -334,7 +336,7 @@ def test_a_row_measures_what_its_columns_say(tmp_path, encoder, real, monkeypatc
     """Subject, place and class by hand; a class that has become the subject costs score and diversity."""
     others = torch.roll(real, 1, dims=1)
     shown = {SUBJECT: real[:2], CLASS: others[:2], f"{SUBJECT} on snow": real[1:3]}
-    monkeypatch.setattr(prior, "draw", lambda pipeline, prompts, **settings: shown[prompts[0]])
+    monkeypatch.setattr(fidelity, "draw", lambda pipeline, prompts, **settings: shown[prompts[0]])
     good = make(tmp_path / "t.json", encoder, real).measure(None, 10)
     features = encoder(real)
     with torch.no_grad():
@@ -354,7 +356,7 @@ def test_a_row_measures_what_its_columns_say(tmp_path, encoder, real, monkeypatc
 
 def test_a_row_is_as_fine_in_a_run_of_16_bits(tmp_path, encoder, real, monkeypatch):
     """The pictures may be drawn in bfloat16; cosines of features in bfloat16 would have three digits less."""
-    monkeypatch.setattr(prior, "draw", lambda pipeline, prompts, **settings: real[:2])
+    monkeypatch.setattr(fidelity, "draw", lambda pipeline, prompts, **settings: real[:2])
     table = make(tmp_path / "t.json", encoder, real)
     exact = table.measure(None, 0)
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,8 +12,8 @@ from PIL import Image
 
 from diffusion_lessons.dreambooth.subject import instance_source, middle, read_pictures
 from diffusion_lessons.metrics import CLIPEncoder, diversity, prior_preservation, subject_fidelity
-from diffusion_lessons.miniature.latent_diffusion import draw
 from diffusion_lessons.pictures.meadow import PLACES
+from diffusion_lessons.stable_diffusion.drawing import draw
 
 
 def pictures(grid: Path) -> np.ndarray:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from runs import assert_same_state, command, run, words
 
+from diffusion_lessons.butterflies.config import TrainingConfig
 from diffusion_lessons.butterflies.training import main, train_loop
 from diffusion_lessons.diffusion.noise import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.engine.checkpoints import latest_checkpoint, list_checkpoints
 from diffusion_lessons.engine.commands import RunFailed
-from diffusion_lessons.engine.config import TrainingConfig
 
 STEPS = 400
 KILLED = dict(

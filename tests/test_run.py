@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from diffusion_lessons.diffusion.noise import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
-from diffusion_lessons.engine.checkpoints import list_checkpoints, lock_output_dir
+from diffusion_lessons.engine.checkpoints import list_checkpoints
 from diffusion_lessons.engine.commands import Interrupted, RunFailed, Terminated, hide_token, training_command
 from diffusion_lessons.engine.config import InputError, RunConfig, load_config
 from diffusion_lessons.engine.optimization import make_optimizer
+from diffusion_lessons.engine.output_folder import lock_output_dir
 from diffusion_lessons.engine.publishing import check_login, push_to_hub, save_parts, save_pipeline, write_model_card
 from diffusion_lessons.engine.run import start_run
 

@@ -1,7 +1,6 @@
 """What DreamBooth learns from: pictures of any kind as squares, the identifier, the prompts, and what is remembered."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -28,13 +27,12 @@ from diffusion_lessons.dreambooth.subject import (
     single_tokens,
 )
 from diffusion_lessons.engine.config import InputError
-from diffusion_lessons.engine.optimization import SeededDataset, repeatable
-from diffusion_lessons.miniature.autoencoder import encode_moments
-from diffusion_lessons.miniature.captions import shipped, train_tokenizer
-from diffusion_lessons.miniature.latent_diffusion import scaled_latents
+from diffusion_lessons.engine.data import SeededDataset, repeatable
+from diffusion_lessons.miniature.captions import train_tokenizer
 from diffusion_lessons.pictures.batches import to_model_range
 from diffusion_lessons.pictures.meadow import subject
-from diffusion_lessons.stable_diffusion.folder import load_pipeline
+from diffusion_lessons.stable_diffusion.folder import load_pipeline, shipped
+from diffusion_lessons.stable_diffusion.latents import encode_moments, scaled_latents
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -75,9 +73,7 @@ def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, sample_size=16, **blocks)
 
 
-def a_run(**fields) -> SimpleNamespace:
-    """What `Prompts` and `latents` want of a run."""
-    return SimpleNamespace(device=torch.device("cpu"), generator=torch.Generator().manual_seed(0), **fields)
+CPU = torch.device("cpu")
 
 
 # --- pictures ---
@@ -129,7 +125,7 @@ def test_every_interpolation_of_the_config_is_known(tmp_path):
     gradient(50, 40).save(tmp_path / "a.png")
     results = {}
     for name in get_args(INTERPOLATION):
-        asked = config(tmp_path, image_interpolation_mode=name).image_interpolation_mode
+        asked = config(tmp_path, image_interpolation_mode=name).resolve().image_interpolation_mode
         results[name] = read(tmp_path, interpolation=asked)[0]
     assert len(results) >= 7 and all(each.shape == (3, 32, 40) for each in results.values())
     assert not np.array_equal(results["nearest"], results["lanczos"])
@@ -290,22 +286,22 @@ def test_a_tokenizer_without_any_short_word_still_gets_a_note():
 
 
 def test_prompts_are_read_as_the_pipeline_reads_them_and_in_the_order_of_a_batch(pipeline):
-    states = Prompts(pipeline, [SUBJECT, CLASS])(a_run(), 6)
+    states = Prompts(pipeline, [SUBJECT, CLASS])(6, CPU)
     theirs = pipeline.encode_prompt([SUBJECT, CLASS], "cpu", 1, do_classifier_free_guidance=False)[0]
     assert states.shape == (6, 32, 128) and not states.requires_grad
     torch.testing.assert_close(states, theirs.repeat_interleave(3, dim=0))
-    torch.testing.assert_close(Prompts(pipeline, [SUBJECT])(a_run(), 2), theirs[:1].repeat(2, 1, 1))
+    torch.testing.assert_close(Prompts(pipeline, [SUBJECT])(2, CPU), theirs[:1].repeat(2, 1, 1))
 
 
 def test_a_trained_text_encoder_gives_equal_states_and_is_asked_once_for_each_prompt(pipeline):
     asked = []
     pipeline.text_encoder.requires_grad_(True).train()
     pipeline.text_encoder.register_forward_hook(lambda layer, inputs, output: asked.append(len(inputs[0])))
-    run = a_run(prepared={"text_encoder": pipeline.text_encoder})
+    encoder = pipeline.text_encoder
     trained, once = Prompts(pipeline, [SUBJECT, CLASS], trained=True), Prompts(pipeline, [SUBJECT, CLASS])
     asked.clear()
-    states = trained(run, 8)
-    torch.testing.assert_close(states, once(run, 8))
+    states = trained(8, CPU, encoder)
+    torch.testing.assert_close(states, once(8, CPU))
     assert asked == [2] and states.requires_grad
     assert pipeline.text_encoder.training, "encoding once leaves the mode as it was"
     states.sum().backward()
@@ -313,8 +309,8 @@ def test_a_trained_text_encoder_gives_equal_states_and_is_asked_once_for_each_pr
     with torch.no_grad():
         for weight in pipeline.text_encoder.parameters():
             weight.mul_(1.05)
-    assert not torch.equal(trained(run, 8), states), "it is asked anew"
-    assert torch.equal(once(run, 8)[0], once.states[0])
+    assert not torch.equal(trained(8, CPU, encoder), states), "it is asked anew"
+    assert torch.equal(once(8, CPU)[0], once.states[0])
 
 
 # --- all of it ---
@@ -328,7 +324,7 @@ def test_latents_come_from_moments_and_from_pixels_alike(pipeline, tmp_path):
     both = []
     for data in (cached, pixels):
         batch = next(iter(DataLoader(data.dataset, 2)))
-        both.append(data.latents(batch, a_run()))
+        both.append(data.latents(batch, torch.Generator().manual_seed(0)))
     assert both[0].shape == (4, 4, 8, 8) and not both[1].requires_grad
     torch.testing.assert_close(*both, atol=5e-3, rtol=5e-3)
     expected = torch.cat([middle(read(folder)[:2], 32) for folder in folders])  # first the subject, then the class

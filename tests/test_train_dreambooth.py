@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from diffusion_lessons import miniature
 from diffusion_lessons.diffusion.noise import denoising_loss
 from diffusion_lessons.diffusion.sampling import make_sampler
-from diffusion_lessons.dreambooth import loop, prior, training
+from diffusion_lessons.dreambooth import class_images, fidelity, loop, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
-from diffusion_lessons.dreambooth.inference import load_checkpoint
+from diffusion_lessons.dreambooth.fidelity import load_encoder, make_table
+from diffusion_lessons.dreambooth.loading import load_checkpoint
 from diffusion_lessons.dreambooth.subject import instance_source, middle, read_pictures
 from diffusion_lessons.dreambooth.training import (
     Watch,
@@ -31,18 +32,18 @@ from diffusion_lessons.dreambooth.training import (
     choose_loss,
     choose_models,
     dry_run,
-    load_encoder,
-    load_model,
+    load_for_training,
     main,
-    set_context,
+    precision_plan,
     settle_seed,
     train,
 )
 from diffusion_lessons.engine.checkpoints import list_checkpoints
 from diffusion_lessons.engine.config import InputError, LaunchOptions
 from diffusion_lessons.engine.devices import forget_accelerator, make_accelerator
-from diffusion_lessons.miniature.latent_diffusion import draw
+from diffusion_lessons.stable_diffusion.drawing import draw
 from diffusion_lessons.stable_diffusion.folder import find_model, load_pipeline
+from diffusion_lessons.stable_diffusion.prompts import set_context
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ON_SNOW = "a photo of a sks butterfly on snow"
@@ -57,7 +58,7 @@ def pictures(tmp_path_factory) -> Path:
 def hasty():
     """Validation pictures and those of the table are drawn in two steps; what they look like is not tested here."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, prior):
+        for module in (loop, class_images, fidelity):
             patch.setattr(module, "draw", functools.partial(draw, num_inference_steps=2))
         yield
 
@@ -184,13 +185,13 @@ def test_hidden_files_and_notebook_checkpoints_are_passed_over(pictures, tmp_pat
 
 
 def test_a_model_is_loaded_in_32_bits_and_frozen(pictures, tmp_path):
-    pipeline, scheduler = load_model(config(pictures, tmp_path), torch.device("cpu"))
+    pipeline, scheduler = load_for_training(config(pictures, tmp_path))
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert all(each.dtype == torch.float32 and not each.requires_grad for part in parts for each in part.parameters())
     assert not any(part.training for part in parts)
     assert type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
     torch.testing.assert_close(scheduler.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
-    other, _ = load_model(config(pictures, tmp_path, validation_scheduler="DDPMScheduler"), torch.device("cpu"))
+    other, _ = load_for_training(config(pictures, tmp_path, validation_scheduler="DDPMScheduler"))
     assert type(other.scheduler).__name__ == "DDPMScheduler"
 
 
@@ -203,7 +204,7 @@ def test_16_bits_and_another_size_are_said_and_no_more(pictures, tmp_path, capsy
     for (model, size), said in cases:
         capsys.readouterr()
         chosen = config(pictures, tmp_path, pretrained_model_name_or_path=model, resolution=size)
-        load_model(chosen, torch.device("cpu"))
+        load_for_training(chosen)
         notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
         assert len(notes) == len(said) and all(any(word in note for note in notes) for word in said), notes
 
@@ -261,8 +262,8 @@ def test_an_identifier_in_several_pieces_is_said(pictures, tmp_path, capsys):
 )  # fmt: skip
 def test_what_learns_is_what_was_asked_for(fields, names, share, pictures, tmp_path):
     chosen = config(pictures, tmp_path, gradient_checkpointing=True, **fields)
-    pipeline, _ = load_model(chosen, torch.device("cpu"))
-    models = choose_models(chosen, pipeline)
+    pipeline, _ = load_for_training(chosen)
+    models = choose_models(chosen, pipeline, precision_plan(chosen, torch.device("cpu")))
     assert list(models) == names and models["unet"] is pipeline.unet
     parameters = [each for model in models.values() for each in model.parameters()]
     learning = [each for each in parameters if each.requires_grad]
@@ -299,9 +300,11 @@ def test_a_seed_that_was_given_is_kept_and_one_that_was_not_is_drawn(pictures, t
     for given in (7, None, None):
         chosen = config(pictures, tmp_path / "run", seed=given)
         accelerator = make_accelerator(chosen)
-        settle_seed(chosen, accelerator)
+        settled = settle_seed(chosen, accelerator)
         forget_accelerator(accelerator)
-        drawn.append(chosen.seed)
+        assert chosen.seed == given, "what was given stays as it is"
+        assert settled.declared.seed == settled.seed, "and what was drawn is recorded"
+        drawn.append(settled.seed)
     assert drawn[0] == 7 and drawn[1] != drawn[2] and all(0 <= seed < 2**31 for seed in drawn)
     assert capsys.readouterr().out.split() == ["seed:", str(drawn[1]), "seed:", str(drawn[2])]
 
@@ -402,7 +405,7 @@ def test_validation_pictures_come_by_steps(finished):
 def test_validation_pictures_come_by_epochs(pictures, tmp_path):
     chosen = config(pictures, tmp_path / "run", lora=True, validation_prompt=[ON_SNOW], num_validation_images=1,
                     validation_epochs=2, max_train_steps=10, fidelity_model="none")  # fmt: skip
-    assert chosen.validation_steps is None
+    assert chosen.resolve().validation_steps is None
     train(chosen)
     names = [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())]
     assert names == ["step-000006.png", "step-000010.png"], "three steps an epoch, every second one, and the end"
@@ -434,7 +437,7 @@ def test_the_rows_are_those_of_the_checkpoints(finished, pictures):
     pipeline.scheduler = make_sampler(pipeline.scheduler, "dpmsolver++")
     load_checkpoint(pipeline, folder / "checkpoint-2")
     real = middle(read_pictures(instance_source(str(pictures), 16), 16), 16)
-    table = training.make_table(chosen, load_encoder(chosen, text_width=128), SimpleNamespace(real=real))
+    table = make_table(chosen, load_encoder(chosen, text_width=128), real)
     row = table.measure(pipeline, 2, size=16)
     stored = next(each for each in table.rows if each["step"] == 2)
     assert row == pytest.approx(stored, abs=2e-3)

@@ -1,27 +1,23 @@
 """The pieces of a run: steps, schedules, seeds, looks, losses."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from runs import TINY
 
+from diffusion_lessons.butterflies.config import TrainingConfig
+from diffusion_lessons.engine.checkpointer import Position
 from diffusion_lessons.engine.checkpoints import atomic_folder, latest_checkpoint, prune_checkpoints
 from diffusion_lessons.engine.commands import RunFailed
-from diffusion_lessons.engine.config import InputError, TrainingConfig
-from diffusion_lessons.engine.devices import choose_precision, forget_accelerator, make_accelerator
-from diffusion_lessons.engine.optimization import (
-    SeededDataset,
-    count_steps,
-    make_optimizer,
-    make_schedule,
-    mixed_seed,
-    schedule_warning,
-)
+from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.engine.data import SeededDataset, mixed_seed
+from diffusion_lessons.engine.devices import forget_accelerator, make_accelerator
+from diffusion_lessons.engine.optimization import Steps, count_steps, make_optimizer, make_schedule, schedule_warning
+from diffusion_lessons.engine.precision import choose_precision
 from diffusion_lessons.engine.publishing import changed_fields, push_to_hub, write_model_card
-from diffusion_lessons.engine.run import Run
+from diffusion_lessons.engine.run import Timing
 from diffusion_lessons.engine.tracking import LossLog, run_name
 
 
@@ -96,12 +92,13 @@ def test_a_seeded_data_set_leaves_the_global_generators_alone():
 
 def looks(steps_per_epoch: int, total: int, every: int | None) -> list[int]:
     """The epochs after which a run of this shape is due to look."""
-    run, found = SimpleNamespace(steps_per_epoch=steps_per_epoch, total_steps=total, global_step=0, epoch=0), []
-    while run.global_step < total:
-        run.global_step = min(total, (run.epoch + 1) * steps_per_epoch)
-        if Run.is_due(run, every):
-            found.append(run.epoch)
-        run.epoch += 1
+    position, found = Position(), []
+    timing = Timing(position, Steps(steps_per_epoch, total, -(-total // steps_per_epoch)))
+    while not timing.at_the_end:
+        position.global_step = min(total, (position.epoch + 1) * steps_per_epoch)
+        if timing.after_epoch(every):
+            found.append(position.epoch)
+        position.epoch += 1
     return found
 
 

@@ -1,0 +1,366 @@
+"""The parts that a run is composed of, each alone: folder, state, checkpointer, timing, meter, precision, data."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch.utils.data import DataLoader, TensorDataset
+
+from diffusion_lessons.engine.checkpointer import Checkpointer, ModelFolders, Position, last_checkpoint_text
+from diffusion_lessons.engine.checkpoints import Checkpoint, list_checkpoints
+from diffusion_lessons.engine.config import InputError, RunConfig
+from diffusion_lessons.engine.data import HeldData, count_batches, fingerprint_of, held_on, repeatable
+from diffusion_lessons.engine.devices import agreed_signal, forget_accelerator, make_accelerator, seed_all
+from diffusion_lessons.engine.optimization import (
+    Steps,
+    TrainState,
+    count_steps,
+    make_optimizer,
+    seconds_per_micro_step,
+    training_memory,
+)
+from diffusion_lessons.engine.output_folder import CONFIG_NAME, OutputFolder, samples_path
+from diffusion_lessons.engine.precision import Phase, PrecisionPlan, drawing_precision, generation_precision
+from diffusion_lessons.engine.run import Timing
+from diffusion_lessons.engine.tracking import ProgressMeter
+from diffusion_lessons.pictures.batches import ImageSet
+
+
+class Line(ModelMixin, ConfigMixin):
+    """A model of three numbers that diffusers can save."""
+
+    @register_to_config
+    def __init__(self, size: int = 2):
+        super().__init__()
+        self.layer = torch.nn.Linear(size, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs)
+
+
+def a_config(tmp_path, **fields) -> RunConfig:
+    chosen = {"output_dir": str(tmp_path), "report_to": "none", "lr_warmup_steps": 0, "lr_scheduler": "constant"}
+    return RunConfig(**chosen | fields).resolve()
+
+
+@pytest.fixture
+def open_state(tmp_path):
+    """Makes train states of one or two lines; their Accelerator is forgotten afterwards."""
+    made = []
+
+    def build(names=("line",), total_steps=10, **fields) -> TrainState:
+        config = a_config(tmp_path, **fields)
+        made.append(make_accelerator(config))
+        torch.manual_seed(0)
+        models = {name: Line() for name in names}
+        parameters = [each for model in models.values() for each in model.parameters()]
+        return TrainState(made[-1], config, models, make_optimizer(parameters, config), total_steps)
+
+    yield build
+    for accelerator in made:
+        forget_accelerator(accelerator)
+
+
+def micro_step(state: TrainState, value: float = 1.0) -> torch.Tensor | None:
+    with state.accumulate():
+        state.backward(sum(model(torch.full((4, 2), value)).square().mean() for model in state.prepared.values()))
+        return state.step()
+
+
+# --- the folder ---
+
+
+def test_a_folder_is_claimed_once_and_free_again_after_release(tmp_path):
+    first, second = OutputFolder(tmp_path / "run"), OutputFolder(tmp_path / "run")
+    first.claim(overwrite=True, resuming=False)
+    with pytest.raises(InputError, match="another run is writing there"):
+        second.claim(overwrite=True, resuming=False)
+    first.release()
+    second.claim(overwrite=True, resuming=False)
+    second.release()
+
+
+def test_a_finished_run_is_dropped_only_when_it_is_said(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / CONFIG_NAME).write_text("{}")
+    (folder / "mine.txt").write_text("no run wrote this")
+    output = OutputFolder(folder)
+    output.claim(overwrite=True, resuming=False)
+    assert (tmp_path / "run.previous" / CONFIG_NAME).is_file() and (folder / "mine.txt").is_file()
+    output.drop_replaced()
+    assert not (tmp_path / "run.previous").exists()
+    output.release()
+    assert samples_path(folder, 7) == folder / "samples" / "step-000007.png"
+
+
+def test_releasing_what_was_never_claimed_does_nothing(tmp_path):
+    OutputFolder(tmp_path).release()
+    assert os.listdir(tmp_path) == []
+
+
+# --- the train state ---
+
+
+def test_a_step_is_taken_after_the_last_micro_step_of_a_group_and_gives_its_mean_loss(open_state):
+    state = open_state(gradient_accumulation_steps=2, learning_rate=0.1)
+    before = state.models["line"].layer.weight.clone()
+    assert micro_step(state, 1.0) is None
+    assert torch.equal(state.models["line"].layer.weight, before), "only noted so far"
+    line = state.models["line"]
+    expected = sum(line(torch.full((4, 2), value)).square().mean() for value in (1.0, 3.0)) / 2
+    loss = micro_step(state, 3.0)
+    torch.testing.assert_close(loss, expected.detach())
+    assert not torch.equal(state.models["line"].layer.weight, before)
+
+
+def test_averages_are_lent_and_given_back_also_when_the_block_raises(open_state):
+    state = open_state(names=("one", "two"), use_ema=True, ema_max_decay=0.5, learning_rate=0.1)
+    for _ in range(4):
+        micro_step(state)
+    own = {name: model.layer.weight.clone() for name, model in state.models.items()}
+    with pytest.raises(ZeroDivisionError), state.averaged():
+        for name, model in state.models.items():
+            assert torch.equal(model.layer.weight, state.emas[name].shadow_params[0]), name
+            assert not torch.equal(model.layer.weight, own[name])
+        raise ZeroDivisionError
+    assert all(torch.equal(model.layer.weight, own[name]) for name, model in state.models.items())
+
+
+def test_rewinding_sets_rate_options_and_the_averages_clock(open_state):
+    state = open_state(lr_scheduler="linear", learning_rate=0.1, use_ema=True, total_steps=10)
+    state.optimizer.param_groups[0]["betas"] = (0.1, 0.2)  # as a checkpoint of another config would leave it
+    state.rewind(5)
+    assert state.schedule.get_last_lr() == [pytest.approx(0.05)]
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert state.optimizer.param_groups[0]["betas"] == (0.9, 0.999), "the config of this run counts"
+    assert state.emas["line"].optimization_step == 5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_bad_number_anywhere_is_found(open_state, bad):
+    state = open_state(names=("one", "two"))
+    assert state.is_finite()
+    with torch.no_grad():
+        state.models["two"].layer.bias[-1] = bad
+    assert not state.is_finite()
+
+
+def test_models_can_be_prepared_again_after_close(open_state):
+    state = open_state(mixed_precision="bf16")
+    model = state.models["line"]
+    assert model(torch.ones(1, 2)).dtype == torch.float32 and model._is_accelerate_prepared
+    state.close()
+    assert not hasattr(model, "_is_accelerate_prepared")
+
+
+def test_micro_steps_are_measured_on_the_state_that_a_run_would_have(open_state):
+    state, calls = open_state(use_ema=True), []
+
+    def loss_of() -> torch.Tensor:
+        calls.append(1)
+        return state.prepared["line"](torch.ones(4, 2)).square().mean()
+
+    assert 0 < seconds_per_micro_step(state, loss_of, repeats=3) < 10 and len(calls) == 4
+    assert state.emas["line"].optimization_step == 4, "the averages are part of a step"
+    parameters = 4 * 3  # bytes of two weights and a bias
+    memory = training_memory(state.models.values(), torch.device("cpu"), use_ema=True) * 2**30
+    assert memory == pytest.approx(parameters * (1 + 3 + 1))
+
+
+# --- the checkpointer ---
+
+
+def about(state: TrainState, **changed) -> dict:
+    return {"total_steps": 10, "steps_per_epoch": 5, "num_processes": 1, "data": "abc", "device": "cpu",
+            "config": {}} | changed  # fmt: skip
+
+
+def test_what_a_checkpointer_saves_another_one_restores(open_state, tmp_path):
+    state, generator = open_state(use_ema=True, learning_rate=0.1), torch.Generator().manual_seed(3)
+    saver = Checkpointer(tmp_path, state, generator, ModelFolders(), about(state))
+    micro_step(state)
+    torch.rand(5, generator=generator)
+    saver.save(Position(1, 0, 1))
+    weights = state.models["line"].layer.weight.clone()
+    moment = state.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    average, expected = state.emas["line"].shadow_params[0].clone(), torch.rand(3, generator=generator)
+    micro_step(state)
+    checkpoint = saver.find("latest")
+    assert checkpoint == Checkpoint(tmp_path / "checkpoint-1", 1) and checkpoint.fault(thorough=True) is None
+    assert saver.restore(checkpoint, a_config(tmp_path)) == Position(1, 0, 1)
+    assert torch.equal(state.models["line"].layer.weight, weights)
+    assert torch.equal(state.emas["line"].shadow_params[0], average)
+    assert torch.equal(state.optimizer.state_dict()["state"][0]["exp_avg"], moment)
+    assert torch.equal(torch.rand(3, generator=generator), expected)
+
+
+def test_other_epochs_than_the_checkpoints_begin_at_the_start_of_one(open_state, tmp_path):
+    state = open_state()
+    Checkpointer(tmp_path, state, torch.Generator(), ModelFolders(), about(state)).save(Position(7, 1, 2))
+    state.accelerator._save_model_state_pre_hook.clear()
+    state.accelerator._load_model_state_pre_hook.clear()
+    forced = Checkpointer(tmp_path, state, torch.Generator(), ModelFolders(), about(state, steps_per_epoch=3))
+    assert forced.restore(forced.find("latest"), a_config(tmp_path, force_resume=True)) == Position(7, 2, 0)
+
+
+def test_latest_without_a_checkpoint_is_none(open_state, tmp_path, capsys):
+    state = open_state()
+    assert Checkpointer(tmp_path, state, torch.Generator(), ModelFolders(), about(state)).find("latest") is None
+    assert "starting anew" in capsys.readouterr().out
+    assert last_checkpoint_text(tmp_path, "train-butterflies") == "There is no checkpoint yet"
+
+
+def test_the_limit_keeps_the_newest(open_state, tmp_path):
+    state = open_state()
+    saver = Checkpointer(tmp_path, state, torch.Generator(), ModelFolders(), about(state))
+    for step in (1, 2, 3):
+        saver.save(Position(step, 0, step), limit=2)
+    assert [each.step for each in list_checkpoints(tmp_path)] == [2, 3]
+    text = last_checkpoint_text(tmp_path, "python -m somewhere", num_processes=2)
+    assert "checkpoint-3" in text and text.endswith(
+        f"python -m somewhere --config {tmp_path / CONFIG_NAME} --resume_from_checkpoint latest --num_processes 2")
+
+
+# --- timing and speed ---
+
+
+def test_something_is_due_after_steps_but_not_before_the_first(tmp_path):
+    position, steps = Position(), Steps(per_epoch=5, total=12, epochs=3)
+    timing = Timing(position, steps)
+    due = []
+    for position.global_step in range(13):
+        due.append((timing.after_step(5), timing.after_step(5, at_the_end=True)))
+    assert [step for step, (plain, _) in enumerate(due) if plain] == [5, 10]
+    assert [step for step, (_, last) in enumerate(due) if last] == [5, 10, 12]
+    assert timing.at_the_end and steps == count_steps(5, 1, 3, max_train_steps=12)
+
+
+def test_the_meter_counts_only_what_this_process_did():
+    meter = ProgressMeter(total_steps=10, pictures_per_step=8, device_type="cpu", shown=False)
+    with meter.running(4):
+        for _ in range(3):
+            meter.step_done()
+        meter.show(0.5, 1e-4)
+    assert meter.text(7).startswith("3 steps in 0 s, ") and meter.text(7).endswith("images/s on cpu")
+
+
+def test_a_signal_of_one_process_is_that_of_all(tmp_path):
+    accelerator = make_accelerator(a_config(tmp_path))
+    assert agreed_signal(accelerator, None, may_wait=True) is None
+    assert agreed_signal(accelerator, 15, may_wait=False) == 15
+    forget_accelerator(accelerator)
+
+
+# --- precision ---
+
+
+NETWORKS = ("unet", "vae", "text_encoder")
+
+
+@pytest.mark.parametrize("phase", [Phase.CLASS_IMAGES, Phase.ENCODE, Phase.WRITE])
+def test_only_training_and_looking_hold_anything_in_half_precision(phase):
+    plan = PrecisionPlan(torch.device("cuda"), "bf16", "fp16", frozenset({"unet"}))
+    assert {plan.placement(phase, name).weights for name in NETWORKS} == {torch.float32}
+    assert plan.placement(phase, "unet").autocast == (torch.float16 if phase == Phase.CLASS_IMAGES else None)
+
+
+@pytest.mark.parametrize("device, trained, expected", [
+    ("cuda", {"unet"}, ["32", "16", "16"]), ("cuda", {"unet", "text_encoder"}, ["32", "16", "32"]),
+    ("cuda", set(), ["16", "16", "16"]), ("cpu", {"unet"}, ["32", "32", "32"]),
+])  # fmt: skip
+def test_what_learns_stays_in_32_bits_and_the_rest_is_halved_on_an_accelerator(device, trained, expected):
+    plan = PrecisionPlan(torch.device(device), "bf16", trained=frozenset(trained))
+    for phase in (Phase.TRAIN, Phase.LOOK):
+        found = [plan.placement(phase, name) for name in NETWORKS]
+        assert [str(8 * each.weights.itemsize) for each in found] == expected
+        assert {each.autocast for each in found} == {torch.bfloat16}
+
+
+def test_a_plan_is_carried_out():
+    plan = PrecisionPlan(torch.device("meta"), "fp16", trained=frozenset({"unet"}))
+    networks = {"unet": torch.nn.Linear(2, 2), "vae": torch.nn.Linear(2, 2)}
+    plan.place(Phase.TRAIN, networks)
+    assert networks["unet"].weight.dtype == torch.float32 and networks["vae"].weight.dtype == torch.float16
+    assert networks["vae"].weight.device.type == "meta"
+
+
+def test_autocast_is_the_plans():
+    plan = PrecisionPlan(torch.device("cpu"), "bf16")
+    layer, inputs = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    with plan.autocast(Phase.TRAIN):
+        assert layer(inputs).dtype == torch.bfloat16
+    with plan.autocast(Phase.ENCODE):
+        assert layer(inputs).dtype == torch.float32
+
+
+def test_drawing_and_class_images_have_defaults_by_device():
+    assert drawing_precision(None) == (torch.device("cpu"), torch.float32)
+    assert drawing_precision("bf16") == (torch.device("cpu"), torch.bfloat16)
+    by_device = {each: generation_precision(None, each) for each in ("cuda", "xpu", "cpu", "mps")}
+    assert by_device == {"cuda": "fp16", "xpu": "fp16", "cpu": "fp32", "mps": "fp32"}
+    assert generation_precision("bf16", "cpu") == "bf16"
+
+
+# --- data ---
+
+
+def test_sets_of_pictures_are_held_data_and_others_are_not():
+    pictures = ImageSet(np.zeros((3, 3, 2, 2), np.uint8))
+    assert isinstance(pictures, HeldData) and fingerprint_of(pictures) == pictures.fingerprint
+    others = TensorDataset(torch.zeros(3))
+    assert not isinstance(others, HeldData) and fingerprint_of(others) is None
+    loader = DataLoader(pictures, 2)
+    assert repeatable(loader, 0) is loader, "held data have no random transforms"
+
+
+class Noted:
+    """Held data that notes where it is sent."""
+
+    fingerprint = "x"
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.places = nbytes, []
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def to(self, device) -> None:
+        self.places.append(str(device))
+
+
+@pytest.mark.parametrize("nbytes, workers, device, expected", [
+    (10, 0, "meta", ["meta", "cpu"]), (2**31, 0, "meta", []), (10, 1, "meta", []), (10, 0, "cpu", []),
+])  # fmt: skip
+def test_small_held_data_lie_on_the_device_while_the_run_lasts(nbytes, workers, device, expected):
+    data = Noted(nbytes)
+    with held_on(torch.device(device), DataLoader(data, 2, num_workers=workers)):
+        assert data.places == expected[:1]
+    assert data.places == expected
+
+
+@pytest.mark.parametrize("length, batch, dropping, processes", [
+    (10, 3, False, 1), (10, 3, False, 2), (10, 3, False, 3), (10, 3, True, 1), (10, 3, True, 2), (12, 3, False, 4),
+])  # fmt: skip
+def test_batches_are_counted_as_accelerate_will_share_them_out(length, batch, dropping, processes):
+    from accelerate.data_loader import prepare_data_loader
+
+    loader = DataLoader(TensorDataset(torch.arange(length)), batch, drop_last=dropping)
+    shared = prepare_data_loader(loader, num_processes=processes, process_index=0, put_on_device=False)
+    assert count_batches(loader, processes) == len(shared)
+
+
+def test_the_global_generators_follow_the_seed_and_so_does_the_order_of_the_data(tmp_path):
+    accelerator = make_accelerator(a_config(tmp_path, seed=1))
+    seed_all(5, accelerator)
+    first = torch.rand(3)
+    assert accelerator.dataloader_config.data_seed == 5
+    seed_all(5, accelerator)
+    assert torch.equal(torch.rand(3), first)
+    forget_accelerator(accelerator)
