@@ -22,7 +22,15 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import diffusion_lessons.butterflies.training as butterflies
 import diffusion_lessons.engine.publishing as publishing
 from diffusion_lessons.butterflies.config import TrainingConfig
-from diffusion_lessons.butterflies.training import build_model, evaluate, load_data, main, train_loop
+from diffusion_lessons.butterflies.training import (
+    build_model,
+    check_before_work,
+    dry_run,
+    evaluate,
+    load_data,
+    main,
+    train_loop,
+)
 from diffusion_lessons.diffusion.sampling import sample_images
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.engine.config import InputError
@@ -364,6 +372,34 @@ def test_xformers_is_switched_on_for_the_network_only_when_asked(tmp_path, monke
     assert not switched
     model, _ = build_model(a_config(tmp_path, enable_xformers_memory_efficient_attention=True))
     assert switched == [model]
+    check_before_work(a_config(tmp_path / "run", enable_xformers_memory_efficient_attention=True))
+    assert switched == [model], "a network without numbers cannot try it"
+
+
+# --- before the work ---
+
+
+def test_a_dry_run_times_whole_steps_and_counts_those_of_each_process(tmp_path, monkeypatch):
+    timed = []
+
+    def two_seconds(state, loss_of, repeats):
+        timed.append(state.accelerator.gradient_accumulation_steps)
+        return 2.0
+
+    monkeypatch.setattr(butterflies, "seconds_per_micro_step", two_seconds)
+    config = a_config(tmp_path / "run", train_batch_size=4, gradient_accumulation_steps=4, num_epochs=3,
+                      max_train_steps=None)  # fmt: skip
+    said = dry_run(config, noise_pictures(33), num_processes=2)  # five batches for each
+    assert "33 pictures, 2 steps an epoch, 6 steps in 3 epochs" in said
+    assert "about 0.8 minutes (2.000 s a micro-step" in said, "24 micro-steps"
+    assert timed == [1], "each micro-step is timed with its update"
+
+
+def test_a_wanted_upload_without_a_login_ends_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(publishing, "get_token", lambda: None)
+    assert main(words(tmp_path / "run", push_to_hub=True)) == 2
+    assert "--push_to_hub: not logged in" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 # --- the pictures ---

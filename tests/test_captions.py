@@ -295,6 +295,7 @@ def test_stages_with_the_same_numbers_see_the_same_pictures(tmp_path):
         for folder, seed in ((None, 0), (str(tmp_path), 0), (None, 1))
     )
     assert one.fingerprint == two.fingerprint != other.fingerprint
+    assert [path.name[:12] for path in tmp_path.iterdir() if path.is_dir()] == ["scenes-16-64"], "drawn once for all"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Loading trained parts: every weight from the file, or a line that says why not."""
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.utils import logging as transformers_logging
 
 from diffusion_lessons.diffusion.unet import make_unet
-from diffusion_lessons.engine.checkpoints import load_part
+from diffusion_lessons.engine.checkpoints import load_part, without_warnings
 from diffusion_lessons.engine.config import InputError
 
 
@@ -61,3 +64,18 @@ def test_gaps_are_not_filled_with_random_numbers(parts, name, kind, capfd):
     with pytest.raises(InputError, match=f"{name}: (is another model's|cannot be read)"):
         load_part(kind, parts / name, "try again")
     assert "newly initialized" not in capfd.readouterr().err, "one line of ours instead of a page of the library's"
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_bars_and_warnings_are_as_before_when_the_block_has_ended(shown):
+    libraries = (diffusers_logging, transformers_logging)
+    before = [each.get_verbosity() for each in libraries]
+    if not shown:
+        diffusers_logging.disable_progress_bar()
+    with pytest.raises(ZeroDivisionError), without_warnings():
+        assert not any(each.is_progress_bar_enabled() for each in libraries)
+        assert [each.get_verbosity() for each in libraries] == [logging.ERROR] * 2
+        raise ZeroDivisionError
+    assert diffusers_logging.is_progress_bar_enabled() == shown
+    assert [each.get_verbosity() for each in libraries] == before and logging.ERROR not in before
+    diffusers_logging.enable_progress_bar()

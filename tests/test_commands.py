@@ -40,6 +40,11 @@ def test_exit_codes(error, code, capsys, tmp_path):
     assert (tmp_path / "error.log").exists() == (code == 1)
 
 
+def test_whoever_leaves_with_words_instead_of_a_number_has_failed():
+    assert run_command("demo", raising(SystemExit("no licence"))) == 1
+    assert run_command("demo", raising(SystemExit())) == 0
+
+
 def test_the_failure_line_names_the_log_and_the_log_has_the_traceback(capsys, tmp_path):
     run_command("demo", raising(ValueError("first\nsecond")), lambda: tmp_path)
     line = capsys.readouterr().err
@@ -70,6 +75,25 @@ def test_a_second_signal_after_a_while_ends_at_once():
 def test_a_childs_failure_reaches_the_parent_as_what_it_was(error):
     with pytest.raises(type(error), match=str(error)):
         launch(raising(error), (1,), num_processes=2)
+
+
+@pytest.mark.parametrize("failures, cause", [
+    ([RunFailed("the connection broke"), Terminated("stop")], Terminated),
+    ([Interrupted("stop"), InputError("--a b: c")], InputError),
+    ([Terminated("stop"), Interrupted("stop")], Interrupted),
+])  # fmt: skip
+def test_of_several_failures_the_one_that_explains_the_others_is_raised(monkeypatch, failures, cause):
+    left = iter(failures)
+
+    def one_after_the_other(child, args, number, use_port):
+        for _ in range(number):
+            with pytest.raises(SystemExit):
+                child(*args)
+        raise RuntimeError("a child failed")
+
+    monkeypatch.setattr("accelerate.notebook_launcher", one_after_the_other)
+    with pytest.raises(cause):
+        launch(lambda: raising(next(left))(), num_processes=2)
 
 
 def test_an_unforeseen_failure_in_a_child_names_its_log():

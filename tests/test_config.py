@@ -138,6 +138,34 @@ def test_bad_arguments_are_one_line_that_names_the_flag(arguments, words):
 
 
 @pytest.mark.parametrize(
+    "names, below, least",
+    [
+        ("train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps checkpoints_total_limit "
+         "logging_steps", 0, 1),
+        ("lr_warmup_steps dataloader_num_workers adam_weight_decay seed", -1, 0),
+        ("learning_rate max_grad_norm ema_inv_gamma", 0, 1e-6),
+        ("adam_beta1 adam_beta2 ema_max_decay min_lr_rate", -0.1, 0),
+        ("adam_beta1 adam_beta2 ema_max_decay min_lr_rate", 1, 0.9999),
+    ],
+)  # fmt: skip
+def test_every_number_of_a_run_has_its_limits(names, below, least):
+    for name in names.split():
+        assert getattr(RunConfig(**{name: least}), name) == least
+        with pytest.raises(InputError, match=f"^--{name} {below}"):
+            RunConfig(**{name: below})
+
+
+@pytest.mark.parametrize("name", [
+    "image_size", "eval_batch_size", "num_epochs", "save_image_epochs", "save_model_epochs", "num_train_images",
+    "ddpm_num_steps", "num_inference_steps", "snr_gamma",
+])  # fmt: skip
+def test_every_number_of_a_run_on_butterflies_has_its_limit(name):
+    assert getattr(TrainingConfig(**{name: 1}), name) == 1
+    with pytest.raises(InputError, match=f"^--{name} 0"):
+        TrainingConfig(**{name: 0})
+
+
+@pytest.mark.parametrize(
     "content, words",
     [
         ("lerning_rate: 1", ["unknown field 'lerning_rate'", "learning_rate"]),

@@ -1,6 +1,7 @@
 """The parts that a run is composed of, each alone: folder, state, checkpointer, timing, meter, precision, data."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,18 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch.utils.data import DataLoader, TensorDataset
 
 from diffusion_lessons.engine.checkpointer import Checkpointer, ModelFolders, Position, last_checkpoint_text
-from diffusion_lessons.engine.checkpoints import Checkpoint, list_checkpoints
-from diffusion_lessons.engine.config import InputError, RunConfig
+from diffusion_lessons.engine.checkpoints import Checkpoint, compare_progress, list_checkpoints
+from diffusion_lessons.engine.commands import RunFailed
+from diffusion_lessons.engine.config import InputError, RunConfig, public_fields
 from diffusion_lessons.engine.data import HeldData, count_batches, fingerprint_of, held_on, repeatable
-from diffusion_lessons.engine.devices import agreed_signal, forget_accelerator, make_accelerator, seed_all
+from diffusion_lessons.engine.devices import (
+    agreed_signal,
+    forget_accelerator,
+    make_accelerator,
+    on_main,
+    out_of_memory_text,
+    seed_all,
+)
 from diffusion_lessons.engine.optimization import (
     Steps,
     TrainState,
@@ -97,6 +106,21 @@ def test_a_finished_run_is_dropped_only_when_it_is_said(tmp_path):
     assert samples_path(folder, 7) == folder / "samples" / "step-000007.png"
 
 
+def test_all_that_a_run_leaves_goes_aside_with_it_and_nothing_else(tmp_path):
+    folders = {"samples", "logs", "unet", "checkpoint-3", "abandoned-checkpoint-5"}
+    files = {CONFIG_NAME, "README.md", "model_index.json", "fidelity.json", "pytorch_lora_weights.safetensors",
+             "pytorch_lora_weights_kohya.safetensors"}  # fmt: skip
+    for name in folders | {"my pictures"}:
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in files | {"mine.txt"}:
+        (tmp_path / "run" / name).write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    output = OutputFolder(tmp_path / "run")
+    output.claim(overwrite=True, resuming=False)
+    assert {path.name for path in (tmp_path / "run.previous").iterdir()} == folders | files
+    assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {"my pictures", "mine.txt"}
+    output.release()
+
+
 def test_releasing_what_was_never_claimed_does_nothing(tmp_path):
     OutputFolder(tmp_path).release()
     assert os.listdir(tmp_path) == []
@@ -157,14 +181,15 @@ def test_models_can_be_prepared_again_after_close(open_state):
     assert not hasattr(model, "_is_accelerate_prepared")
 
 
-def test_micro_steps_are_measured_on_the_state_that_a_run_would_have(open_state):
+def test_micro_steps_are_measured_on_the_state_that_a_run_would_have(open_state, monkeypatch):
     state, calls = open_state(use_ema=True), []
+    monkeypatch.setattr("time.perf_counter", lambda: 2.5 * sum(calls))
 
     def loss_of() -> torch.Tensor:
-        calls.append(1)
+        calls.append(1 if calls else 100)  # the first step pays for start-up
         return state.prepared["line"](torch.ones(4, 2)).square().mean()
 
-    assert 0 < seconds_per_micro_step(state, loss_of, repeats=3) < 10 and len(calls) == 4
+    assert seconds_per_micro_step(state, loss_of, repeats=3) == 2.5 and len(calls) == 4
     assert state.emas["line"].optimization_step == 4, "the averages are part of a step"
     parameters = 4 * 3  # bytes of two weights and a bias
     memory = training_memory(state.models.values(), torch.device("cpu"), use_ema=True) * 2**30
@@ -207,6 +232,15 @@ def test_other_epochs_than_the_checkpoints_begin_at_the_start_of_one(open_state,
     assert forced.restore(forced.find("latest"), a_config(tmp_path, force_resume=True)) == Position(7, 2, 0)
 
 
+def test_a_fresh_scaler_stays_where_the_checkpoint_was_written_without_one(open_state, tmp_path):
+    state = open_state()
+    saver = Checkpointer(tmp_path, state, torch.Generator(), ModelFolders(), about(state))
+    saver.save(Position(1, 0, 1))
+    scaler = state.accelerator.scaler = torch.amp.GradScaler("cpu")  # fp16 is chosen on the resume
+    saver.restore(saver.find("latest"), a_config(tmp_path))
+    assert state.accelerator.scaler is scaler
+
+
 def test_latest_without_a_checkpoint_is_none(open_state, tmp_path, capsys):
     state = open_state()
     assert Checkpointer(tmp_path, state, torch.Generator(), ModelFolders(), about(state)).find("latest") is None
@@ -223,6 +257,14 @@ def test_the_limit_keeps_the_newest(open_state, tmp_path):
     text = last_checkpoint_text(tmp_path, "python -m somewhere", num_processes=2)
     assert "checkpoint-3" in text and text.endswith(
         f"python -m somewhere --config {tmp_path / CONFIG_NAME} --resume_from_checkpoint latest --num_processes 2")
+
+
+def test_what_is_said_to_one_start_is_no_change_of_the_run(tmp_path):
+    then = a_config(tmp_path / "here")
+    now = a_config(tmp_path / "there", overwrite_output_dir=False, resume_from_checkpoint="latest", force_resume=True,
+                   learning_rate=0.5)  # fmt: skip
+    progress = [{"num_processes": 1, "data": None, "config": public_fields(each)} for each in (then, now)]
+    assert compare_progress(*progress, now) == ["learning_rate changed on resume: 0.0001 -> 0.5"]
 
 
 # --- timing and speed ---
@@ -248,11 +290,67 @@ def test_the_meter_counts_only_what_this_process_did():
     assert meter.text(7).startswith("3 steps in 0 s, ") and meter.text(7).endswith("images/s on cpu")
 
 
+def test_the_bar_of_a_resumed_run_goes_on_where_it_stood(capsys):
+    meter = ProgressMeter(total_steps=10, pictures_per_step=8, device_type="cpu")
+    with meter.running(4):
+        for _ in range(3):
+            meter.step_done()
+    assert "7/10" in capsys.readouterr().err
+
+
 def test_a_signal_of_one_process_is_that_of_all(tmp_path):
     accelerator = make_accelerator(a_config(tmp_path))
     assert agreed_signal(accelerator, None, may_wait=True) is None
     assert agreed_signal(accelerator, 15, may_wait=False) == 15
     forget_accelerator(accelerator)
+
+
+class OneOfTwo:
+    """What a process of two sees of its Accelerator; the other one has received `others`."""
+
+    num_processes, is_main_process = 2, True
+
+    def __init__(self, device: str = "cpu", others: int = 0, process_index: int = 0) -> None:
+        self.device, self.others, self.process_index = torch.device(device), others, process_index
+        self.dataloader_config, self.asked = SimpleNamespace(data_seed=None), 0
+
+    def gather(self, signals: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return torch.tensor([*signals.tolist(), self.others])
+
+
+def test_a_signal_that_the_other_process_got_counts_and_a_gpu_is_asked_only_where_it_waits_anyway():
+    assert agreed_signal(OneOfTwo(others=15), None, may_wait=False) == 15
+    assert agreed_signal(OneOfTwo(), 2, may_wait=False) == 2 and agreed_signal(OneOfTwo(), None, may_wait=True) is None
+    busy = OneOfTwo("meta", others=15)
+    assert agreed_signal(busy, 2, may_wait=False) is None and busy.asked == 0
+
+
+def test_what_the_main_process_finds_wrong_is_an_input_error_or_a_failed_run(tmp_path):
+    def fail(error: Exception) -> None:
+        raise error
+
+    accelerator = make_accelerator(a_config(tmp_path))
+    assert on_main(accelerator, lambda: 7) == 7
+    with pytest.raises(InputError, match="--a b: c"):
+        on_main(accelerator, lambda: fail(InputError("--a b: c")))
+    with pytest.raises(RunFailed, match="no space left"):
+        on_main(accelerator, lambda: fail(OSError("no space left")))
+    forget_accelerator(accelerator)
+
+
+def test_trackers_are_ended_once_when_the_accelerator_is_forgotten(tmp_path, monkeypatch):
+    accelerator, ended = make_accelerator(a_config(tmp_path)), []
+    monkeypatch.setattr(accelerator, "end_training", lambda: ended.append(1))
+    forget_accelerator(accelerator)
+    forget_accelerator(accelerator)
+    assert ended == [1]
+
+
+def test_less_memory_is_half_the_batch_and_more_micro_steps(tmp_path):
+    said = out_of_memory_text(a_config(tmp_path, train_batch_size=4, gradient_accumulation_steps=3))
+    assert "--train_batch_size 4; try --train_batch_size 2 --gradient_accumulation_steps 6, " in said
+    assert "--mixed_precision bf16" in out_of_memory_text(a_config(tmp_path, train_batch_size=1)), "no half of one"
 
 
 # --- precision ---
@@ -317,6 +415,22 @@ def test_sets_of_pictures_are_held_data_and_others_are_not():
     assert repeatable(loader, 0) is loader, "held data have no random transforms"
 
 
+@pytest.mark.parametrize("batching", [
+    {"batch_size": 4, "drop_last": True, "shuffle": True}, {"batch_size": 4}, {"batch_size": None},
+    {"batch_sampler": [[0, 3], [1]]},
+])  # fmt: skip
+def test_a_loader_with_repeatable_transforms_is_otherwise_the_users(batching):
+    loader = DataLoader(list(range(10)), **batching, collate_fn=tuple if "batch_sampler" in batching else None,
+                        num_workers=2, worker_init_fn=print)  # fmt: skip
+    made = repeatable(loader, seed=3)
+    assert made.dataset.dataset is loader.dataset and made.dataset.seed == 3
+    for name in ("batch_size", "drop_last", "sampler", "collate_fn", "num_workers", "worker_init_fn", "pin_memory"):
+        if name != "sampler" or "batch_sampler" not in batching:
+            assert getattr(made, name) == getattr(loader, name), name
+    assert ("batch_sampler" not in batching) or made.batch_sampler is loader.batch_sampler
+    assert len(made) == len(loader)
+
+
 class Noted:
     """Held data that notes where it is sent."""
 
@@ -345,6 +459,13 @@ def test_small_held_data_lie_on_the_device_while_the_run_lasts(nbytes, workers, 
     assert data.places == expected
 
 
+def test_held_data_come_back_from_the_device_also_after_an_error():
+    data = Noted(10)
+    with pytest.raises(ZeroDivisionError), held_on(torch.device("meta"), DataLoader(data, 2)):
+        raise ZeroDivisionError
+    assert data.places == ["meta", "cpu"]
+
+
 @pytest.mark.parametrize("length, batch, dropping, processes", [
     (10, 3, False, 1), (10, 3, False, 2), (10, 3, False, 3), (10, 3, True, 1), (10, 3, True, 2), (12, 3, False, 4),
 ])  # fmt: skip
@@ -364,3 +485,13 @@ def test_the_global_generators_follow_the_seed_and_so_does_the_order_of_the_data
     seed_all(5, accelerator)
     assert torch.equal(torch.rand(3), first)
     forget_accelerator(accelerator)
+
+
+def test_the_global_generators_of_two_processes_differ_and_the_order_of_their_data_does_not():
+    drawn, orders = [], []
+    for rank in (0, 1):
+        process = OneOfTwo(process_index=rank)
+        seed_all(5, process)
+        drawn.append(torch.rand(1).item())
+        orders.append(process.dataloader_config.data_seed)
+    assert drawn[0] != drawn[1] and orders == [5, 5]

@@ -27,11 +27,18 @@ from diffusion_lessons.dreambooth.inference import (
     next_number,
     save_numbered,
 )
-from diffusion_lessons.dreambooth.loading import check_new_folder, find_base, load_checkpoint, run_config, save_as_model
+from diffusion_lessons.dreambooth.loading import (
+    check_new_folder,
+    find_base,
+    load_checkpoint,
+    loading_of,
+    run_config,
+    save_as_model,
+)
 from diffusion_lessons.dreambooth.training import train
 from diffusion_lessons.engine.checkpoints import PROGRESS, write_json
 from diffusion_lessons.engine.config import InputError
-from diffusion_lessons.pictures.sheets import comparison_sheet, label
+from diffusion_lessons.pictures.sheets import caption_row, comparison_sheet, label
 from diffusion_lessons.stable_diffusion.drawing import draw
 from diffusion_lessons.stable_diffusion.folder import load_pipeline
 
@@ -292,6 +299,17 @@ def test_the_config_of_a_run_is_found_and_that_of_a_neighbour_is_not(runs, tmp_p
         assert run_config(name) == {}, "a Hub id in a folder that has a training_config.json"
 
 
+def test_a_base_is_loaded_as_the_flags_say_and_otherwise_as_its_run_loaded_it(tmp_path):
+    run = {"pretrained_model_name_or_path": "somebody/base", "revision": "theirs", "variant": "fp16",
+           "tokenizer_max_length": 9}  # fmt: skip
+    write_json(tmp_path / "training_config.json", run)
+    config = GenerationConfig(lora_weights=str(tmp_path), revision="mine")
+    expected = {"revision": "mine", "variant": "fp16", "tokenizer_name": None, "tokenizer_max_length": 9}
+    assert loading_of("somebody/base", config, str(tmp_path)) == expected
+    another = {"revision": "mine", "variant": None, "tokenizer_name": None, "tokenizer_max_length": None}
+    assert loading_of("another/base", config, str(tmp_path)) == another
+
+
 def test_a_checkpoint_that_does_not_say_its_base_asks_for_it(runs, tmp_path, capfd):
     (tmp_path / "checkpoint-1").mkdir()
     shutil.copytree(runs / "plain" / "checkpoint-1" / "unet", tmp_path / "checkpoint-1" / "unet")
@@ -453,6 +471,12 @@ def test_a_sheet_has_the_subject_and_a_row_for_each_model():
     assert sheet.size == (width, height)
     places = [(0, 20), (63, 35), (64, 20), (0, 76), (31, 91), (35, 80), (40, 76), (71, 91), (0, 132), (71, 147)]
     assert [sheet.getpixel(place)[0] for place in places] == [90, 90, 255, 10, 10, 255, 20, 20, 200, 200]
+
+
+def test_each_prompt_stands_above_its_own_pictures():
+    strip = caption_row(["on snow", "on sand", "at sea"], group=100, gap=8, width=316)
+    for prompt, left in (("on snow", 0), ("on sand", 108), ("at sea", 216)):
+        assert strip.crop((left, 0, left + 100, 20)).tobytes() == label(prompt, 100).tobytes(), prompt
 
 
 def test_a_sheet_without_pictures_of_the_subject_begins_with_the_first_model():

@@ -182,6 +182,12 @@ def test_watching_attention_changes_nothing(pipeline):
     assert dict(pipeline.unet.attn_processors) == before, "and the processors are back"
 
 
+def test_the_maps_show_where_the_prompt_was_heard_and_not_the_empty_one(pipeline):
+    one, two = (miniature.attention_maps(pipeline, f"a photo of a {said}", num_inference_steps=1)[1]
+                for said in ("red fish on sea", "blue beetle on sand"))  # fmt: skip
+    assert (one - two).abs().max() > 0.01
+
+
 # --- prompts ---
 
 

@@ -26,13 +26,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from diffusion_lessons.diffusion.noise import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
+from diffusion_lessons.engine.checkpointer import ModelFolders
 from diffusion_lessons.engine.checkpoints import list_checkpoints
 from diffusion_lessons.engine.commands import Interrupted, RunFailed, Terminated, hide_token, training_command
 from diffusion_lessons.engine.config import InputError, RunConfig, load_config
 from diffusion_lessons.engine.optimization import make_optimizer
-from diffusion_lessons.engine.output_folder import lock_output_dir
+from diffusion_lessons.engine.output_folder import OutputFolder, lock_output_dir
 from diffusion_lessons.engine.publishing import check_login, push_to_hub, save_parts, save_pipeline, write_model_card
-from diffusion_lessons.engine.run import start_run
+from diffusion_lessons.engine.run import compose_run, start_run
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -544,6 +545,22 @@ def test_a_failure_before_the_first_checkpoint_says_that_there_is_none(tmp_path)
         raise torch.OutOfMemoryError("out of memory")
 
 
+def test_the_way_on_after_too_little_memory_is_that_of_all_processes(tmp_path, monkeypatch):
+    def exhausted(*_) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    train(a_config(tmp_path, max_train_steps=2))
+    monkeypatch.setattr("diffusion_lessons.engine.run.compose_run", exhausted)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(RunFailed, match="checkpoint-2; .* --resume_from_checkpoint latest --num_processes 2$"):
+        train(a_config(tmp_path, max_train_steps=4, resume_from_checkpoint="latest"))
+
+
+def test_speed_counts_the_rows_of_all_micro_steps(tmp_path):
+    with opened(a_config(tmp_path, gradient_accumulation_steps=3)) as run:
+        assert run.meter.pictures_per_step == 2 * 3
+
+
 # --- going on where it stopped ---
 
 
@@ -666,6 +683,24 @@ def test_a_schedule_that_was_handed_over_goes_on_where_it_stopped(tmp_path):
     assert rates(resume_from_checkpoint="latest") == pytest.approx(expected[6:])
 
 
+def test_a_schedule_for_the_undivided_data_is_long_enough_for_two_processes(tmp_path, monkeypatch, capsys):
+    class Composed(Exception):
+        """That is as far as it has to go."""
+
+    def composed(*_) -> None:
+        raise Composed
+
+    monkeypatch.setattr("diffusion_lessons.engine.run.TrainState", composed)
+    optimizer = torch.optim.SGD(Tiny().parameters(), lr=0.1)
+    process = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    for length, warned in ((6, False), (24, True)):  # six batches, stepped once by each of two processes
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, length=length: max(0, 1 - step / length))
+        with pytest.raises(Composed):
+            compose_run(a_config(tmp_path), {}, optimizer, DataLoader(table(12), 2), schedule, 1, "train",
+                        ModelFolders(), process, OutputFolder(tmp_path))  # fmt: skip
+        assert ("warning: lr_scheduler" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize("change", [{"seed": 5}, {"train_batch_size": 3}, {"gradient_accumulation_steps": 3}])
 def test_another_seed_or_another_grouping_is_refused_unless_forced(tmp_path, change):
     recorded_run(falling(tmp_path, checkpointing_steps=5), stop_after=9)
@@ -759,6 +794,17 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, capsys
         assert list(micro_steps(run)) == [[8, 9], [10, 11]]
 
 
+def test_processes_ask_each_other_for_signals_where_they_wait_anyway(tmp_path, monkeypatch):
+    asked = []
+
+    def noted(accelerator, received, may_wait):
+        asked.append(may_wait)
+
+    monkeypatch.setattr("diffusion_lessons.engine.run.agreed_signal", noted)
+    train(a_config(tmp_path, logging_steps=2, checkpointing_steps=3))
+    assert asked == [False, True, True, False, True, True], "where losses are read and where a checkpoint is written"
+
+
 def test_a_signal_within_the_last_step_changes_nothing(tmp_path, caught):
     with opened(a_config(tmp_path, max_train_steps=3)) as run:
         signalled(run, 3, signal.SIGTERM)
@@ -783,6 +829,21 @@ def is_locked(folder: Path) -> bool:
     except InputError:
         return True
     return False
+
+
+def test_the_data_are_held_where_the_run_is_while_it_is_open(tmp_path, monkeypatch):
+    held = []
+
+    @contextlib.contextmanager
+    def noted(device, dataloader):
+        held.append((device.type, len(dataloader.dataset)))
+        yield
+        held.clear()
+
+    monkeypatch.setattr("diffusion_lessons.engine.run.held_on", noted)
+    with opened(a_config(tmp_path)):
+        assert held == [("cpu", 12)]
+    assert held == []
 
 
 def test_the_folder_is_locked_while_the_run_is_open(tmp_path):

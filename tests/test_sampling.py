@@ -321,8 +321,26 @@ def test_no_step_reads_from_the_device(name):
 
 
 def test_no_training_batch_reads_from_the_device():
-    noised = noise_batch(torch.empty(4, 3, 8, 8, device="meta"), make_noise_scheduler(), generator(), snr_gamma=5.0)
+    scheduler = make_noise_scheduler()
+    noised = noise_batch(torch.empty(4, 3, 8, 8, device="meta"), scheduler, generator(), snr_gamma=5.0)
     assert {part.device.type for part in noised} == {"meta"}
+    assert scheduler.alphas_cumprod.device.type == "meta", "copied once and not in every step"
+
+
+def test_noise_on_the_way_is_drawn_on_the_device_from_the_same_seeds(unet, monkeypatch):
+    class Noted:
+        def __init__(self, device: torch.device) -> None:
+            self.at = device.type
+
+        def manual_seed(self, seed: int) -> "Noted":
+            self.seed = seed
+            return self
+
+    given = [generator(4), generator(9)]
+    monkeypatch.setattr(torch, "Generator", Noted)  # PyTorch has none for the device `meta`
+    noise, on_the_way = starting_noise(unet, given, "meta")
+    assert noise.device.type == "meta" and [(each.at, each.seed) for each in on_the_way] == [("meta", 4), ("meta", 9)]
+    assert starting_noise(unet, given, "cpu")[1] == given
 
 
 @pytest.mark.parametrize(

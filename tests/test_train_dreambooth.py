@@ -41,6 +41,7 @@ from diffusion_lessons.dreambooth.training import (
 from diffusion_lessons.engine.checkpoints import list_checkpoints
 from diffusion_lessons.engine.config import InputError, LaunchOptions
 from diffusion_lessons.engine.devices import forget_accelerator, make_accelerator
+from diffusion_lessons.engine.precision import Phase, PrecisionPlan
 from diffusion_lessons.stable_diffusion.drawing import draw
 from diffusion_lessons.stable_diffusion.folder import find_model, load_pipeline
 from diffusion_lessons.stable_diffusion.prompts import set_context
@@ -232,6 +233,14 @@ def test_prompts_may_be_as_long_as_there_are_positions(length, valid):
             set_context(pipeline, length)
 
 
+@pytest.mark.parametrize("own, length", [(10**30, 32), (77, 32), (20, 20)])
+def test_unless_said_otherwise_prompts_are_as_long_as_tokenizer_and_positions_allow(own, length):
+    pipeline = load_pipeline(find_model("miniature"))
+    pipeline.tokenizer.model_max_length = own  # many a saved tokenizer says 10**30
+    set_context(pipeline, None)
+    assert pipeline.tokenizer.model_max_length == length
+
+
 def test_a_tokenizer_with_more_words_than_the_text_encoder_knows_is_refused():
     pipeline = load_pipeline(find_model("miniature"))
     pipeline.text_encoder.config.vocab_size = 500
@@ -342,6 +351,37 @@ def test_a_dry_run_counts_as_the_run_does(pictures, tmp_path):
         assert said in dry_run(config(pictures, tmp_path / "run", **fields), processes)
     train(config(pictures, tmp_path / "run", lora=True, **fields))
     assert list_checkpoints(tmp_path / "run")[-1].step == 6
+
+
+def test_a_dry_run_times_whole_steps(pictures, tmp_path, monkeypatch):
+    timed = []
+
+    def two_seconds(state, loss_of, repeats):
+        timed.append(state.accelerator.gradient_accumulation_steps)
+        return 2.0
+
+    monkeypatch.setattr(training, "seconds_per_micro_step", two_seconds)
+    chosen = config(pictures, tmp_path / "run", gradient_accumulation_steps=3, max_train_steps=10, lora=True)
+    assert "about 1.0 minutes (2.000 s a micro-step" in dry_run(chosen), "30 micro-steps"
+    assert timed == [1], "each micro-step is timed with its update"
+
+
+def test_networks_are_placed_anew_for_each_phase_of_a_run(pictures, tmp_path, monkeypatch):
+    placed, place = [], PrecisionPlan.place
+
+    def noted(self, phase, networks):
+        placed.append((phase, sorted(networks)))
+        place(self, phase, networks)
+
+    monkeypatch.setattr(PrecisionPlan, "place", noted)
+    class_folder(tmp_path / "class", 2)
+    train(config(pictures, tmp_path / "run", lora=True, max_train_steps=1,
+                 **prior_words(tmp_path / "class", 2)))  # fmt: skip
+    every = ["text_encoder", "unet", "vae"]
+    assert placed == [(phase, every) for phase in (Phase.CLASS_IMAGES, Phase.ENCODE, Phase.TRAIN)]
+    placed.clear()
+    dry_run(config(pictures, tmp_path / "run", lora=True))
+    assert placed == [(phase, every) for phase in (Phase.ENCODE, Phase.TRAIN)]
 
 
 def test_a_dry_run_knows_the_memory_of_averages(pictures, tmp_path):

@@ -1,6 +1,7 @@
 """The pieces of a run: steps, schedules, seeds, looks, losses."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from diffusion_lessons.engine.optimization import Steps, count_steps, make_optim
 from diffusion_lessons.engine.precision import choose_precision
 from diffusion_lessons.engine.publishing import changed_fields, push_to_hub, write_model_card
 from diffusion_lessons.engine.run import Timing
-from diffusion_lessons.engine.tracking import LossLog, run_name
+from diffusion_lessons.engine.tracking import LossLog, check_tracker, run_name
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,22 @@ def test_a_seeded_data_set_leaves_the_global_generators_alone():
             return 3
 
         def __getitem__(self, index):
-            return torch.rand(()).item(), np.random.rand()
+            return torch.rand(()).item(), np.random.rand(), random.random()
 
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
+    def start() -> None:
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+
+    def draw() -> tuple[float, ...]:
+        return torch.rand(()).item(), np.random.rand(), random.random()
+
+    start()
+    expected = draw()
+    start()
     seeded = SeededDataset(Noisy(), seed=1)
     first = [seeded[0], seeded[1]]
-    assert torch.equal(torch.rand(3), expected)
+    assert draw() == expected
     assert first[0] != first[1] and seeded[0] == first[0]
 
 
@@ -128,6 +137,17 @@ def test_the_loss_log_asks_the_device_once_a_group(monkeypatch):
 
 def test_a_run_keeps_its_name(tmp_path):
     assert run_name(tmp_path / "a" / "logs") == run_name(tmp_path / "a" / "logs") != run_name(tmp_path / "b" / "logs")
+    names = [run_name(tmp_path / disk / "moths" / "logs") for disk in ("one", "two")]
+    assert names[0] != names[1], "folders of one name are two runs"
+    assert all(name.startswith("moths-") for name in names)
+
+
+def test_only_a_tracker_that_was_named_has_to_be_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_tracker("none")
+    check_tracker("all")  # Accelerate takes what there is
+    with pytest.raises(InputError, match=r"--report_to wandb: is not installed; pip install '.*\[wandb\]'"):
+        check_tracker("wandb")
 
 
 def test_precision_is_what_was_asked_for_then_accelerates_then_the_devices(monkeypatch):

@@ -11,6 +11,7 @@ from diffusion_lessons.diffusion.unet import (
     UNETS,
     check_image_size,
     count_parameters,
+    load_unconditional,
     make_unet,
     timestep_embedding,
     unet_levels,
@@ -136,6 +137,18 @@ def test_from_folder_file_and_pipeline(tmp_path):
         assert tuple(model.config.block_out_channels) == UNETS["tiny-16"]["block_out_channels"]
     assert not torch.equal(model.conv_in.weight, make_unet("tiny-16", seed=0).conv_in.weight)  # the shape, new weights
     assert make_unet(tmp_path / "pipeline").config.sample_size == 32
+
+
+def test_a_pipeline_to_go_on_from_must_be_able_to_halve_the_pictures(tmp_path):
+    make_unet("tiny-16", seed=0).save_pretrained(tmp_path / "unet")
+    make_noise_scheduler(prediction_type="sample").save_pretrained(tmp_path / "scheduler")
+    unet, scheduler = load_unconditional(str(tmp_path), 32)
+    assert torch.equal(unet.conv_in.weight, make_unet("tiny-16", seed=0).conv_in.weight)
+    assert scheduler.config.prediction_type == "sample"
+    with pytest.raises(InputError, match="--image_size 33"):
+        load_unconditional(str(tmp_path), 33)
+    with pytest.raises(InputError, match="--pretrained_model_name_or_path .*nowhere: is no unconditional pipeline"):
+        load_unconditional(str(tmp_path / "nowhere"), 32)
 
 
 def test_named_configs_cannot_be_changed_by_what_is_built():
