@@ -11,7 +11,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
 from diffusion_lessons.diffusion.unet import make_unet
-from diffusion_lessons.engine.checkpoints import load_part, without_warnings
+from diffusion_lessons.engine.checkpoints import (
+    MANIFEST,
+    PROGRESS,
+    Checkpoint,
+    atomic_folder,
+    load_part,
+    without_warnings,
+    write_json,
+)
 from diffusion_lessons.engine.config import InputError
 
 
@@ -79,3 +87,13 @@ def test_bars_and_warnings_are_as_before_when_the_block_has_ended(shown):
     assert diffusers_logging.is_progress_bar_enabled() == shown
     assert [each.get_verbosity() for each in libraries] == before and logging.ERROR not in before
     diffusers_logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("entry", [1, None, "abc", [], {}, {"bytes": 3}])
+def test_a_manifest_with_odd_entries_is_damaged_and_no_traceback(entry, tmp_path):
+    with atomic_folder(tmp_path / "checkpoint-1") as folder:
+        write_json(folder / PROGRESS, {"step": 1})
+    checkpoint = Checkpoint(tmp_path / "checkpoint-1", 1)
+    assert checkpoint.fault(thorough=True) is None
+    write_json(checkpoint.path / MANIFEST, {PROGRESS: entry})
+    assert checkpoint.fault() == checkpoint.fault(thorough=True) == f"{MANIFEST} is damaged"

@@ -40,8 +40,9 @@ def test_exit_codes(error, code, capsys, tmp_path):
     assert (tmp_path / "error.log").exists() == (code == 1)
 
 
-def test_whoever_leaves_with_words_instead_of_a_number_has_failed():
+def test_whoever_leaves_with_words_instead_of_a_number_has_failed(capsys):
     assert run_command("demo", raising(SystemExit("no licence"))) == 1
+    assert capsys.readouterr().err == "demo: no licence\n", "and the words are passed on"
     assert run_command("demo", raising(SystemExit())) == 0
 
 

@@ -31,7 +31,13 @@ from diffusion_lessons.engine.optimization import (
     seconds_per_micro_step,
     training_memory,
 )
-from diffusion_lessons.engine.output_folder import CONFIG_NAME, OutputFolder, samples_path
+from diffusion_lessons.engine.output_folder import (
+    CONFIG_NAME,
+    OutputFolder,
+    newest_samples,
+    samples_path,
+    set_aside_samples,
+)
 from diffusion_lessons.engine.precision import Phase, PrecisionPlan, drawing_precision, generation_precision
 from diffusion_lessons.engine.run import Timing
 from diffusion_lessons.engine.tracking import ProgressMeter
@@ -124,6 +130,28 @@ def test_all_that_a_run_leaves_goes_aside_with_it_and_nothing_else(tmp_path):
 def test_releasing_what_was_never_claimed_does_nothing(tmp_path):
     OutputFolder(tmp_path).release()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("names, newest", [
+    (["9999.png", "10000.png"], "10000.png"),
+    (["step-000100.png", "step-1000000.png"], "step-1000000.png"),
+    (["step-000100.png", "abandoned-step-000900.png", "mine.png"], "step-000100.png"),
+    (["abandoned-step-000900.png", "step-mine.png"], None),
+])  # fmt: skip
+def test_the_newest_samples_are_the_last_by_number_of_this_branch(names, newest, tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in names:
+        (tmp_path / "samples" / name).touch()
+    found = newest_samples(tmp_path)
+    assert (found and found.name) == newest
+
+
+def test_pictures_with_other_names_are_left_where_they_are(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in ("step-000009.png", "step-mine.png", "step-.png"):
+        (tmp_path / "samples" / name).touch()
+    set_aside_samples(tmp_path, 5)
+    assert sorted(os.listdir(tmp_path / "samples")) == ["abandoned-step-000009.png", "step-.png", "step-mine.png"]
 
 
 # --- the train state ---

@@ -27,7 +27,7 @@ from ..pictures.sets import ImageSet, load_images, make_dataloader, random_flip,
 from ..diffusion.noise import denoising_loss, make_noise_scheduler, noise_batch
 from ..engine.optimization import TrainState, count_steps, make_optimizer
 from ..engine.optimization import seconds_per_micro_step, training_memory
-from ..engine.output_folder import check_output_dir
+from ..engine.output_folder import check_output_dir, newest_samples
 from ..engine.publishing import check_login, push_to_hub, save_pipeline, write_model_card
 from ..diffusion.sampling import sample_images
 from ..engine.tracking import check_tracker, say
@@ -124,9 +124,8 @@ def publish(run: Run, config: TrainingConfig) -> None:
     if not run.is_main:
         return
     say(run.speed_text())
-    grids = sorted((run.output_dir / "samples").glob("*.png"))
     write_model_card(
-        config.output_dir, config, title=run.output_dir.resolve().name, grid=grids[-1] if grids else None,
+        config.output_dir, config, title=run.output_dir.resolve().name, grid=newest_samples(run.output_dir),
         summary=f"An unconditional diffusion model for pictures of {config.image_size} px, trained for "
                 f"{run.global_step} steps.",
         usage=f'from diffusers import DDPMPipeline\n\n'

@@ -39,7 +39,7 @@ from ..metrics import CLIPEncoder
 from ..diffusion.noise import denoising_loss
 from ..engine.optimization import TrainState, count_steps, make_optimizer
 from ..engine.optimization import seconds_per_micro_step, trained_parameters, training_memory
-from ..engine.output_folder import check_output_dir
+from ..engine.output_folder import check_output_dir, newest_samples
 from ..engine.precision import Phase, PrecisionPlan, choose_precision, generation_precision
 from ..stable_diffusion.folder import find_model, load_pipeline
 from ..stable_diffusion.prompts import find_tokenizer
@@ -234,9 +234,8 @@ def finish(run: Run, config: DreamBoothConfig, pipeline: StableDiffusionPipeline
         say(verdict)
     with run.averaged_weights():
         write_result(config, pipeline, run.models)
-    grids = sorted((run.output_dir / "samples").glob("*.png"))
     name = run.output_dir.resolve().name
-    write_model_card(config.output_dir, config, title=name, grid=grids[-1] if grids else None,
+    write_model_card(config.output_dir, config, title=name, grid=newest_samples(run.output_dir),
                      base_model=None if config.pretrained_model_name_or_path == "miniature"
                      else config.pretrained_model_name_or_path,
                      **card_text(config, name, run.global_step, pipeline.text_encoder.config.hidden_size))

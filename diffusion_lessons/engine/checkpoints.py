@@ -204,6 +204,8 @@ class Checkpoint:
             return f"{MANIFEST} or {PROGRESS} is damaged"
         for name, entry in manifest.items():
             file = self.path / name
+            if not isinstance(entry, dict) or not {"bytes", "sha256"} <= set(entry):
+                return f"{MANIFEST} is damaged"
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:

@@ -71,7 +71,9 @@ def run_command(prog: str, function: Callable[[], Any], log_folder: Callable[[],
         return 130
     except Terminated:
         return 143
-    except SystemExit as stop:  # --help, and libraries that leave on their own
+    except SystemExit as stop:  # --help, and libraries that leave on their own, some of them with a text
+        if isinstance(stop.code, str):
+            print(f"{prog}: {stop.code}", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except Exception as error:
         path = write_error_log(error, log_folder())

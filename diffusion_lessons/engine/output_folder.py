@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONFIG_NAME', 'LEFT_BY_A_RUN', 'check_output_dir', 'is_unfinished', 'clear_output_dir', 'clear_partial',
-           'lock_output_dir', 'samples_path', 'set_aside_samples', 'OutputFolder']
+           'lock_output_dir', 'samples_path', 'set_aside_samples', 'newest_samples', 'OutputFolder']
 
 # %% ../../nbs/workshop/67_output_folder.ipynb #3b349204
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,8 +111,19 @@ def samples_path(output_dir: str | Path, step: int) -> Path:
 def set_aside_samples(output_dir: str | Path, step: int) -> None:
     """Rename samples from beyond `step`, of a branch that the run has left, so that new ones can take their place."""
     for path in (Path(output_dir) / "samples").glob("step-*.png"):
-        if int(path.stem.removeprefix("step-")) > step:
+        number = path.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
             path.replace(path.with_name(f"abandoned-{path.name}"))
+
+
+def newest_samples(output_dir: str | Path) -> Path | None:
+    """The samples of the latest step or epoch of this run, by number; None where there are none.
+
+    Those of a branch that the run has left, and pictures with other names, do not count.
+    """
+    found = [(int(match[1]), path) for path in (Path(output_dir) / "samples").glob("*.png")
+             if (match := re.fullmatch(r"(?:step-)?(\d+)", path.stem))]
+    return max(found)[1] if found else None
 
 # %% ../../nbs/workshop/67_output_folder.ipynb #5d13a533
 class OutputFolder:
