@@ -125,11 +125,10 @@ def test_is_made_of_ideas_shown_and_asserted(name):
 
 @each_lesson
 def test_is_written_and_not_only_coded(name):
-    """The workshop is for those who build: a room there may be smaller than a lesson of the course."""
-    cells, workshop = NOTEBOOKS[name].cells, PLACES[name].parent.name == "workshop"
-    assert sum(map(words, prose(name))) >= (500 if workshop else 900)
+    cells = NOTEBOOKS[name].cells
+    assert sum(map(words, prose(name))) >= 900
     assert len(prose(name)) / len(cells) >= 0.4
-    assert (18 if workshop else 25) <= len(cells) <= 90
+    assert 25 <= len(cells) <= 90
 
 
 @each_lesson
