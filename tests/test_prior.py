@@ -36,6 +36,8 @@ from diffusion_lessons.metrics import CLIPEncoder
 from diffusion_lessons.pictures import meadow
 from diffusion_lessons.stable_diffusion.drawing import training_scheduler
 
+IN_32_BITS = PrecisionPlan(torch.device("cpu"))
+
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -151,11 +153,12 @@ def test_hidden_files_and_those_of_file_managers_are_passed_over(tmp_path):
 def test_a_folder_that_cannot_be_written_is_input(tmp_path, pipeline, accelerator):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--class_data_dir .*cannot be written"):
-        ensure_class_images(config(tmp_path, class_data_dir=str(tmp_path / "file" / "class")), pipeline, accelerator)
+        below_a_file = config(tmp_path, class_data_dir=str(tmp_path / "file" / "class"))
+        ensure_class_images(below_a_file, pipeline, accelerator, IN_32_BITS)
 
 
 def test_the_folder_is_filled_with_different_pictures_and_their_recipe(tmp_path, pipeline, accelerator, quick, capsys):
-    source = ensure_class_images(config(tmp_path), pipeline, accelerator)
+    source = ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
     recipe = generation_recipe(config(tmp_path), pipeline)
     names = [f"generated-{recipe_key(recipe)}-{number:05d}.png" for number in range(5)]
     assert [Path(name).name for name in source.names] == names and source.key == recipe_key(recipe)
@@ -170,27 +173,27 @@ def test_the_folder_is_filled_with_different_pictures_and_their_recipe(tmp_path,
 
 def test_the_users_own_pictures_are_kept_used_first_and_counted(tmp_path, pipeline, accelerator, quick):
     own = contents(class_folder(tmp_path / "class", 3))
-    source = ensure_class_images(config(tmp_path), pipeline, accelerator)
+    source = ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
     assert [Path(name).name for name in source.names[:3]] == ["00.png", "01.png", "02.png"]
     assert all(GENERATED_NAME.fullmatch(Path(name).name) for name in source.names[3:]) and len(source.names) == 5
     assert quick == [0, 1]
     after = contents(tmp_path / "class")
     assert {name: after[name] for name in own} == own
     # More of one's own than are wanted: the first ones, and nothing is generated.
-    again = ensure_class_images(config(tmp_path, num_class_images=2), pipeline, accelerator)
+    again = ensure_class_images(config(tmp_path, num_class_images=2), pipeline, accelerator, IN_32_BITS)
     assert [Path(name).name for name in again.names] == ["00.png", "01.png"] and quick == [0, 1]
 
 
 def test_only_what_is_missing_is_drawn(tmp_path, pipeline, accelerator, quick):
-    first = ensure_class_images(config(tmp_path), pipeline, accelerator)
+    first = ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
     before = contents(tmp_path / "class")
     quick.clear()
-    ensure_class_images(config(tmp_path), pipeline, accelerator)
+    ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
     assert quick == [] and contents(tmp_path / "class") == before
     lost = {Path(first.names[number]).name for number in (1, 3)}
     for name in lost:
         (tmp_path / "class" / name).unlink()
-    ensure_class_images(config(tmp_path, num_class_images=6), pipeline, accelerator)
+    ensure_class_images(config(tmp_path, num_class_images=6), pipeline, accelerator, IN_32_BITS)
     assert quick == [1, 3, 5]
     after = contents(tmp_path / "class")
     assert len(after) == 6 and all(after[name] == before[name] for name in before if name not in lost)
@@ -198,9 +201,9 @@ def test_only_what_is_missing_is_drawn(tmp_path, pipeline, accelerator, quick):
 
 def test_another_prompt_or_other_weights_make_them_anew(tmp_path, pipeline, accelerator, quick, capsys):
     own = contents(class_folder(tmp_path / "class", 1))
-    ensure_class_images(config(tmp_path), pipeline, accelerator)
+    ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
     first = contents(tmp_path / "class")
-    ensure_class_images(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator)
+    ensure_class_images(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator, IN_32_BITS)
     second = contents(tmp_path / "class")
     assert first.keys() & second.keys() == own.keys() and second["00.png"] == own["00.png"]
     assert "4 class images were made for another prompt or model" in capsys.readouterr().out
@@ -208,7 +211,7 @@ def test_another_prompt_or_other_weights_make_them_anew(tmp_path, pipeline, acce
     bias = pipeline.vae.decoder.conv_out.bias
     with torch.no_grad():
         bias += 0.5
-        ensure_class_images(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator)
+        ensure_class_images(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator, IN_32_BITS)
         bias -= 0.5
     third = contents(tmp_path / "class")
     assert second.keys() & third.keys() == own.keys() and len(third) == 5
@@ -233,11 +236,11 @@ def test_a_generation_that_was_killed_goes_on(tmp_path, pipeline, accelerator, q
 
     monkeypatch.setattr(class_images, "save_picture", killed)
     with pytest.raises(KeyboardInterrupt):
-        ensure_class_images(config(tmp_path), pipeline, accelerator)
+        ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
     monkeypatch.setattr(class_images, "save_picture", save)
     assert len(contents(tmp_path / "class")) == 3
     quick.clear()
-    ensure_class_images(config(tmp_path), pipeline, accelerator)
+    ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
     assert quick == [3, 4] and not list((tmp_path / "class").glob(".*.partial"))
     assert contents(tmp_path / "class").keys() == whole.keys()
     assert_near(contents(tmp_path / "class"), whole)
@@ -246,7 +249,7 @@ def test_a_generation_that_was_killed_goes_on(tmp_path, pipeline, accelerator, q
 def contents_of_whole(tmp_path, pipeline, accelerator) -> dict[str, bytes]:
     """The class images of a run that nobody disturbed."""
     place = tmp_path / "undisturbed"
-    ensure_class_images(config(tmp_path, class_data_dir=str(place)), pipeline, accelerator)
+    ensure_class_images(config(tmp_path, class_data_dir=str(place)), pipeline, accelerator, IN_32_BITS)
     return contents(place)
 
 
@@ -277,7 +280,7 @@ def test_a_process_among_several_draws_its_share(tmp_path, pipeline, accelerator
     second = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2, device=accelerator.device,
                              wait_for_everyone=lambda: None)  # fmt: skip
     (tmp_path / "class").mkdir()
-    ensure_class_images(config(tmp_path), pipeline, second)
+    ensure_class_images(config(tmp_path), pipeline, second, IN_32_BITS)
     assert quick == [5, 7]
 
 
@@ -293,7 +296,7 @@ def test_class_images_have_their_solver_whatever_validates(tmp_path, pipeline, a
     before = pipeline.scheduler
     pipeline.scheduler = validating = make_sampler(training_scheduler(pipeline), "ddpm")
     try:
-        ensure_class_images(config(tmp_path), pipeline, accelerator)
+        ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
         assert pipeline.scheduler is validating and isinstance(validating, DDPMScheduler)
     finally:
         pipeline.scheduler = before

@@ -28,7 +28,7 @@ from .config import DreamBoothConfig
 from ..engine.checkpoints import write_json
 from ..engine.config import InputError
 from ..engine.devices import on_main
-from ..engine.precision import Phase, PrecisionPlan, generation_precision
+from ..engine.precision import Phase, PrecisionPlan
 from ..engine.tracking import say
 from ..stable_diffusion.latents import weights_fingerprint
 from ..stable_diffusion.drawing import draw
@@ -158,18 +158,15 @@ def choose_class_images(folder: Path, key: str, wanted: int) -> list[Path]:
 
 # %% ../../nbs/workshop/89_class_images.ipynb #0b0e741b
 def ensure_class_images(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, accelerator: Accelerator,
-                        plan: PrecisionPlan | None = None) -> Source:
+                        plan: PrecisionPlan) -> Source:
     """The class images of a run: what is in the folder, topped up with generated ones as far as some are missing.
 
     The processes share the work, each draws other pictures. Pictures that were generated for another prompt or with
-    other weights are removed first; the user's own are never touched. plan: the precision of the run; None makes one
-    from `--prior_generation_precision`. Raises InputError for a folder that holds anything else, or cannot be written.
+    other weights are removed first; the user's own are never touched. plan: in which precision the run draws them.
+    Raises InputError for a folder that holds anything else, or cannot be written.
     """
     folder, recipe = Path(config.class_data_dir), generation_recipe(config, pipeline)
-    key, device = recipe_key(recipe), accelerator.device
-    if plan is None:
-        precision = generation_precision(config.prior_generation_precision, device.type)
-        plan = PrecisionPlan(device, generation=precision)
+    key = recipe_key(recipe)
 
     def prepare(held: contextlib.ExitStack) -> list[int]:
         check_class_folder(folder)
