@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from .config import InputError
 
@@ -64,30 +65,40 @@ class PrecisionPlan:
 
     device: of the run. mixed_precision: `no`, `fp16` or `bf16`. generation: the same for class images, `no` or `fp32`
     for 32 bits. trained: names of the networks whose weights are trained; they stay in 32 bits, where small steps are
-    not lost. What is only read may be held in the run's half precision, on an accelerator.
+    not lost. What is only read is held in half precision, on an accelerator. at_work: for each phase the networks that
+    lie on the device throughout, while the others wait on the CPU; None: all of them, in every phase.
     """
 
     device: torch.device
     mixed_precision: str = "no"
     generation: str = "no"
     trained: frozenset[str] = frozenset()
+    at_work: Mapping[Phase, frozenset[str]] | None = None
 
     def placement(self, phase: Phase, network: str) -> Placement:
         """Where a network lies in a phase, and in which formats."""
-        if phase == Phase.CLASS_IMAGES:
-            return Placement(self.device, torch.float32, HALF.get(self.generation))
-        if phase in (Phase.TRAIN, Phase.LOOK):
-            compute = HALF.get(self.mixed_precision)
-            frozen = network not in self.trained and self.device.type != "cpu"
-            return Placement(self.device, compute if frozen and compute else torch.float32, compute)
-        return Placement(self.device, torch.float32, None)
+        present = self.at_work is None or network in self.at_work.get(phase, ())
+        place, compute = self.device if present else torch.device("cpu"), self._compute(phase)
+        if self.device.type == "cpu" or compute is None:
+            return Placement(place, torch.float32, compute)
+        keeps = network in self.trained and phase in (Phase.ENCODE, Phase.TRAIN)  # else rounded before it is trained
+        return Placement(place, torch.float32 if keeps else compute, compute if phase == Phase.TRAIN else None)
+
+    def _compute(self, phase: Phase) -> torch.dtype | None:
+        """What a phase computes in, if not in 32 bits."""
+        if phase == Phase.WRITE or (phase == Phase.ENCODE and self.device.type == "cpu"):
+            return None
+        return HALF.get(self.generation if phase == Phase.CLASS_IMAGES else self.mixed_precision)
 
     def place(self, phase: Phase, networks: Mapping[str, torch.nn.Module]) -> None:
-        """Bring networks, by name, to the device and the format that they have in a phase, in place."""
-        for name, network in networks.items():
-            placement = self.placement(phase, name)
+        """Bring networks, by name, to the device and the format that they have in a phase, in place; first those that
+        leave the device, so that there is room for those that come."""
+        places = {name: self.placement(phase, name) for name in networks}
+        for name in sorted(networks, key=lambda name: places[name].device.type != "cpu"):
             # The plain `to`: that of diffusers warns of every change of format.
-            torch.nn.Module.to(network, placement.device, placement.weights)
+            torch.nn.Module.to(networks[name], places[name].device, places[name].weights)
+        if self.device.type not in ("cpu", "meta"):
+            clear_device_cache()
 
     def autocast(self, phase: Phase) -> contextlib.AbstractContextManager:
         """The context in which networks compute in a phase."""
