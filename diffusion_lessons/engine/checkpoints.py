@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -92,10 +93,11 @@ def folder_fault(folder: Path, weights: str = "*.safetensors") -> str | None:
     return None
 
 # %% ../../nbs/workshop/66_checkpoints.ipynb #0f11e4d8
-def load_part(model_class: type, folder: str | Path, remedy: str, variant: str | None = None) -> Any:
-    """Load a model of diffusers or transformers that `save_pretrained` wrote, in 32 bits, every weight from the file.
+def load_part(model_class: type, folder: str | Path, remedy: str, variant: str | None = None,
+              dtype: torch.dtype = torch.float32) -> Any:
+    """Load a model of diffusers or transformers that `save_pretrained` wrote, on the CPU, every weight from the file.
 
-    variant: of the weight files' names, such as `fp16`, where a folder has several.
+    variant: of the weight files' names, such as `fp16`, where a folder has several. dtype: of the weights in memory.
 
     Raises InputError naming the folder, and the remedy, when it is missing, damaged, or another model's.
     """
@@ -104,11 +106,12 @@ def load_part(model_class: type, folder: str | Path, remedy: str, variant: str |
     if problem is None:
         try:
             with without_warnings():
+                named = "torch_dtype" if issubclass(model_class, ModelMixin) else "dtype"  # transformers' new name
                 model, report = model_class.from_pretrained(
-                    folder, use_safetensors=True, output_loading_info=True, variant=variant)
+                    folder, use_safetensors=True, output_loading_info=True, variant=variant, **{named: dtype})
             gaps = [*report["missing_keys"], *report["mismatched_keys"]]
             if not gaps:
-                return model.float()
+                return torch.nn.Module.to(model, dtype)  # some parts are loaded in another format all the same
             problem = f"is another model's, {len(gaps)} weights of a {model_class.__name__} are missing"
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             problem = f"cannot be read as a {model_class.__name__} ({error.__class__.__name__})"

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'SERVED_MODELS', 'COPY_AGAIN', 'MINIATURE_TEXT_WIDTH', 'CODE_CARRYING_SUFFIXES', 'FILES_OF_OTHER_PARTS',
            'shipped', 'read_json', 'check_kind', 'variant_of', 'weight_files', 'weights_dtype', 'part_fault',
-           'check_parts', 'find_model', 'download', 'load_pipeline', 'load_clip', 'write_model', 'copy_part']
+           'check_parts', 'find_model', 'download', 'load_pipeline', 'network_fingerprints', 'load_clip', 'write_model',
+           'ask_for_32_bits', 'copy_part']
 
 # %% ../../nbs/workshop/80_folder.ipynb #f931c4ed
+import hashlib
 import json
 import shutil
 import warnings
@@ -17,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -163,17 +166,18 @@ def download(name: str, revision: str | None, variant: str | None, said: str) ->
                          f"({one_line(error, 120)}); check the name and the connection") from None
 
 # %% ../../nbs/workshop/80_folder.ipynb #55b0c7c1
-def load_pipeline(folder: str | Path, variant: str | None = None, tokenizer: CLIPTokenizer | None = None
-                  ) -> StableDiffusionPipeline:
-    """A model folder as a pipeline in 32 bits on the CPU, without progress bars and without a safety checker.
+def load_pipeline(folder: str | Path, variant: str | None = None, tokenizer: CLIPTokenizer | None = None,
+                  dtypes: Mapping[str, torch.dtype] | None = None) -> StableDiffusionPipeline:
+    """A model folder as a pipeline on the CPU, without progress bars and without a safety checker.
 
-    tokenizer: another one than the folder's. Raises InputError naming the part that is missing, damaged, or another
-    model's.
+    tokenizer: another one than the folder's. dtypes: formats of the networks' weights by name; 32 bits where none is
+    named. Raises InputError naming the part that is missing, damaged, or another model's.
     """
     folder = Path(folder)
     for file in (folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"):
         read_json(file, f"name the folder of a whole model, or {COPY_AGAIN}")
-    parts = {name: load_part(kind, folder / name, COPY_AGAIN, variant) for name, kind in NETWORKS.items()}
+    parts = {name: load_part(kind, folder / name, COPY_AGAIN, variant, (dtypes or {}).get(name, torch.float32))
+             for name, kind in NETWORKS.items()}
     parts["tokenizer"] = tokenizer or load_tokenizer(folder / "tokenizer", COPY_AGAIN)
     try:
         with without_warnings():
@@ -185,6 +189,23 @@ def load_pipeline(folder: str | Path, variant: str | None = None, tokenizer: CLI
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
+# %% ../../nbs/workshop/80_folder.ipynb #0d6d13de
+def network_fingerprints(folder: Path, variant: str | None = None) -> dict[str, str]:
+    """For each network of a model folder a hash of its weights as they are stored: their names, shapes and bytes."""
+    return {name: _files_fingerprint(weight_files(folder / name, variant)) for name in NETWORKS}
+
+
+def _files_fingerprint(files: list[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path in files:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header.pop("__metadata__", None)
+            digest.update(json.dumps(header, sort_keys=True).encode())
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
 # %% ../../nbs/workshop/80_folder.ipynb #d8092286
 def load_clip(folder: str | Path | None = None) -> CLIPModel:
     """Both towers of the miniature's CLIP, in 32 bits. Raises InputError when they are missing or damaged."""
@@ -194,8 +215,8 @@ def load_clip(folder: str | Path | None = None) -> CLIPModel:
 def write_model(folder: Path, base: Path, changed: Mapping[str, Any], variant: str | None = None) -> None:
     """Write a whole model folder: the changed parts as they are in memory, all others copied from `base`, bit for bit.
 
-    changed: parts by name (`unet`, `text_encoder`, `tokenizer`). variant: of the copied files; their names lose it, so
-    that the folder is loaded without one.
+    changed: parts by name (`unet`, `text_encoder`, `tokenizer`), networks in 32 bits. variant: of the copied files;
+    their names lose it, so that the folder is loaded without one.
     """
     index = read_json(base / "model_index.json", COPY_AGAIN)
     for name, kind in index.items():
@@ -205,7 +226,17 @@ def write_model(folder: Path, base: Path, changed: Mapping[str, Any], variant: s
                 changed[name].save_pretrained(folder / name)
         elif is_part and not copy_part(base / name, folder / name, variant):
             index[name] = [None, None]
+        elif is_part:
+            ask_for_32_bits(folder / name / "config.json")
     write_json(folder / "model_index.json", index)
+
+
+def ask_for_32_bits(path: Path) -> None:
+    """Let the config of a copied network, if it names a number format, name 32 bits: all parts are loaded in one."""
+    content = read_json(path, COPY_AGAIN) if path.is_file() else {}
+    named = {key: "float32" for key in ("dtype", "torch_dtype") if content.get(key) not in (None, "float32")}
+    if named:
+        write_json(path, content | named)
 
 
 def copy_part(source: Path, target: Path, variant: str | None) -> bool:
