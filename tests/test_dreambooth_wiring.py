@@ -497,7 +497,7 @@ def test_on_a_gpu_what_learns_keeps_32_bits_and_the_rest_is_halved(lora, text, p
     pipeline = fresh(base)
     parts = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
     config = a_config(lora=lora, train_text_encoder=text, mixed_precision=precision)
-    on_paper = replace(precision_plan(config, torch.device("cuda", 0)), device=torch.device("meta"))
+    on_paper = replace(precision_plan(config, torch.device("cuda", 0)), device=torch.device("meta"), at_work=None)
     models = choose_models(config, pipeline, on_paper)
     assert list(models) == ["unet", "text_encoder"] if text else ["unet"]
     for name, part in parts.items():

@@ -387,23 +387,68 @@ def test_less_memory_is_half_the_batch_and_more_micro_steps(tmp_path):
 NETWORKS = ("unet", "vae", "text_encoder")
 
 
-@pytest.mark.parametrize("phase", [Phase.CLASS_IMAGES, Phase.ENCODE, Phase.WRITE])
-def test_only_training_and_looking_hold_anything_in_half_precision(phase):
-    plan = PrecisionPlan(torch.device("cuda"), "bf16", "fp16", frozenset({"unet"}))
-    assert {plan.placement(phase, name).weights for name in NETWORKS} == {torch.float32}
-    assert plan.placement(phase, "unet").autocast == (torch.float16 if phase == Phase.CLASS_IMAGES else None)
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+AT_WORK = {Phase.CLASS_IMAGES: {"unet"}, Phase.ENCODE: {"vae", "text_encoder"}, Phase.TRAIN: {"unet"},
+           Phase.LOOK: {"unet"}}  # fmt: skip
 
 
-@pytest.mark.parametrize("device, trained, expected", [
-    ("cuda", {"unet"}, ["32", "16", "16"]), ("cuda", {"unet", "text_encoder"}, ["32", "16", "32"]),
-    ("cuda", set(), ["16", "16", "16"]), ("cpu", {"unet"}, ["32", "32", "32"]),
+@pytest.mark.parametrize("phase, dtype", [(Phase.CLASS_IMAGES, torch.float16), (Phase.ENCODE, torch.bfloat16),
+                                          (Phase.LOOK, torch.bfloat16)])  # fmt: skip
+def test_on_an_accelerator_what_is_only_read_has_weights_in_half_and_computes_in_them(phase, dtype):
+    plan = PrecisionPlan(GPU, "bf16", "fp16", frozenset({"unet"}))
+    for name in NETWORKS:
+        keeps = phase == Phase.ENCODE and name == "unet"  # it is trained next, and must not be rounded before
+        expected = torch.float32 if keeps else dtype
+        assert plan.placement(phase, name) == (GPU, expected, None), name
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_in_full_precision_nothing_is_halved_anywhere(phase):
+    for device in (GPU, CPU):
+        plan = PrecisionPlan(device, "no", "fp32", frozenset({"unet"}))
+        assert {plan.placement(phase, name) for name in NETWORKS} == {(device, torch.float32, None)}
+
+
+@pytest.mark.parametrize("phase, compute", [
+    (Phase.CLASS_IMAGES, torch.float16), (Phase.ENCODE, None), (Phase.TRAIN, torch.bfloat16),
+    (Phase.LOOK, torch.bfloat16), (Phase.WRITE, None),
 ])  # fmt: skip
-def test_what_learns_stays_in_32_bits_and_the_rest_is_halved_on_an_accelerator(device, trained, expected):
-    plan = PrecisionPlan(torch.device(device), "bf16", trained=frozenset(trained))
-    for phase in (Phase.TRAIN, Phase.LOOK):
-        found = [plan.placement(phase, name) for name in NETWORKS]
-        assert [str(8 * each.weights.itemsize) for each in found] == expected
-        assert {each.autocast for each in found} == {torch.bfloat16}
+def test_on_a_cpu_weights_stay_in_32_bits(phase, compute):
+    plan = PrecisionPlan(CPU, "bf16", "fp16", frozenset({"unet"}))
+    assert {plan.placement(phase, name) for name in NETWORKS} == {(CPU, torch.float32, compute)}
+
+
+@pytest.mark.parametrize("trained, expected", [
+    ({"unet"}, ["32", "16", "16"]), ({"unet", "text_encoder"}, ["32", "16", "32"]), (set(), ["16", "16", "16"]),
+])  # fmt: skip
+def test_what_learns_stays_in_32_bits_and_the_rest_is_halved_on_an_accelerator(trained, expected):
+    plan = PrecisionPlan(GPU, "bf16", trained=frozenset(trained))
+    found = [plan.placement(Phase.TRAIN, name) for name in NETWORKS]
+    assert [str(8 * each.weights.itemsize) for each in found] == expected
+    assert {each.autocast for each in found} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_networks_that_have_nothing_to_do_wait_on_the_cpu(phase):
+    plan = PrecisionPlan(GPU, "fp16", "fp16", frozenset({"unet"}), AT_WORK)
+    there = {name for name in NETWORKS if plan.placement(phase, name).device == GPU}
+    assert there == AT_WORK.get(phase, set())
+
+
+def test_what_leaves_the_device_leaves_before_anything_comes():
+    """Else both would have to fit for a moment. `meta` stands for the device; what lies there has no memory."""
+    plan = PrecisionPlan(torch.device("meta"), "fp16", at_work={Phase.TRAIN: {"a", "c"}})
+    moved = []
+
+    class Noting(torch.nn.Linear):
+        def _apply(self, *args, **kwargs):
+            moved.append(self)
+            return super()._apply(*args, **kwargs)
+
+    networks = {name: Noting(2, 2) for name in "abc"}
+    plan.place(Phase.TRAIN, networks)
+    assert moved == [networks["b"], networks["a"], networks["c"]]
+    assert [each.weight.device.type for each in networks.values()] == ["meta", "cpu", "meta"]
 
 
 def test_a_plan_is_carried_out():

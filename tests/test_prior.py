@@ -35,8 +35,10 @@ from diffusion_lessons.engine.precision import Phase, PrecisionPlan, generation_
 from diffusion_lessons.metrics import CLIPEncoder
 from diffusion_lessons.pictures import meadow
 from diffusion_lessons.stable_diffusion.drawing import training_scheduler
+from diffusion_lessons.stable_diffusion.folder import network_fingerprints
 
 IN_32_BITS = PrecisionPlan(torch.device("cpu"))
+WEIGHTS = network_fingerprints(Path(miniature.path()))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -68,6 +70,11 @@ def quick(monkeypatch):
     real_draw = class_images.draw
     monkeypatch.setattr(class_images, "draw", draw)
     return asked
+
+
+def ensure(chosen: DreamBoothConfig, pipeline, accelerator, weights: dict = WEIGHTS):
+    """The class images of a run with this config, drawn by the pipeline, which passes for one with these weights."""
+    return ensure_class_images(chosen, weights, accelerator, IN_32_BITS, lambda: pipeline)
 
 
 def config(tmp_path: Path, **fields) -> DreamBoothConfig:
@@ -154,46 +161,47 @@ def test_a_folder_that_cannot_be_written_is_input(tmp_path, pipeline, accelerato
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--class_data_dir .*cannot be written"):
         below_a_file = config(tmp_path, class_data_dir=str(tmp_path / "file" / "class"))
-        ensure_class_images(below_a_file, pipeline, accelerator, IN_32_BITS)
+        ensure(below_a_file, pipeline, accelerator)
 
 
 def test_the_folder_is_filled_with_different_pictures_and_their_recipe(tmp_path, pipeline, accelerator, quick, capsys):
-    source = ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
-    recipe = generation_recipe(config(tmp_path), pipeline)
+    source = ensure(config(tmp_path), pipeline, accelerator)
+    recipe = generation_recipe(config(tmp_path), WEIGHTS)
     names = [f"generated-{recipe_key(recipe)}-{number:05d}.png" for number in range(5)]
     assert [Path(name).name for name in source.names] == names and source.key == recipe_key(recipe)
     assert len(set(contents(tmp_path / "class").values())) == 5 and quick == [0, 1, 2, 3, 4]
     assert Image.open(source.open()(4)).mode == "RGB"
     about = json.loads((tmp_path / "class" / RECIPE_FILE).read_text())
     assert about == recipe
-    assert about["prompt"] == CLASS and about["solver"] == "dpmsolver++" and len(about["weights"]) == 16
+    assert about["prompt"] == CLASS and about["solver"] == "dpmsolver++"
+    assert about["weights"] == " ".join(WEIGHTS.values())
     assert "generating 5 of 5 class images" in capsys.readouterr().out
     check_class_folder(tmp_path / "class")  # what it leaves, it accepts
 
 
 def test_the_users_own_pictures_are_kept_used_first_and_counted(tmp_path, pipeline, accelerator, quick):
     own = contents(class_folder(tmp_path / "class", 3))
-    source = ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
+    source = ensure(config(tmp_path), pipeline, accelerator)
     assert [Path(name).name for name in source.names[:3]] == ["00.png", "01.png", "02.png"]
     assert all(GENERATED_NAME.fullmatch(Path(name).name) for name in source.names[3:]) and len(source.names) == 5
     assert quick == [0, 1]
     after = contents(tmp_path / "class")
     assert {name: after[name] for name in own} == own
     # More of one's own than are wanted: the first ones, and nothing is generated.
-    again = ensure_class_images(config(tmp_path, num_class_images=2), pipeline, accelerator, IN_32_BITS)
+    again = ensure(config(tmp_path, num_class_images=2), pipeline, accelerator)
     assert [Path(name).name for name in again.names] == ["00.png", "01.png"] and quick == [0, 1]
 
 
 def test_only_what_is_missing_is_drawn(tmp_path, pipeline, accelerator, quick):
-    first = ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
+    first = ensure(config(tmp_path), pipeline, accelerator)
     before = contents(tmp_path / "class")
     quick.clear()
-    ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
+    ensure(config(tmp_path), pipeline, accelerator)
     assert quick == [] and contents(tmp_path / "class") == before
     lost = {Path(first.names[number]).name for number in (1, 3)}
     for name in lost:
         (tmp_path / "class" / name).unlink()
-    ensure_class_images(config(tmp_path, num_class_images=6), pipeline, accelerator, IN_32_BITS)
+    ensure(config(tmp_path, num_class_images=6), pipeline, accelerator)
     assert quick == [1, 3, 5]
     after = contents(tmp_path / "class")
     assert len(after) == 6 and all(after[name] == before[name] for name in before if name not in lost)
@@ -201,26 +209,22 @@ def test_only_what_is_missing_is_drawn(tmp_path, pipeline, accelerator, quick):
 
 def test_another_prompt_or_other_weights_make_them_anew(tmp_path, pipeline, accelerator, quick, capsys):
     own = contents(class_folder(tmp_path / "class", 1))
-    ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
+    ensure(config(tmp_path), pipeline, accelerator)
     first = contents(tmp_path / "class")
-    ensure_class_images(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator, IN_32_BITS)
+    ensure(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator)
     second = contents(tmp_path / "class")
     assert first.keys() & second.keys() == own.keys() and second["00.png"] == own["00.png"]
     assert "4 class images were made for another prompt or model" in capsys.readouterr().out
     assert json.loads((tmp_path / "class" / RECIPE_FILE).read_text())["prompt"] == "a photo of a fish"
-    bias = pipeline.vae.decoder.conv_out.bias
-    with torch.no_grad():
-        bias += 0.5
-        ensure_class_images(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator, IN_32_BITS)
-        bias -= 0.5
+    ensure(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator, WEIGHTS | {"vae": "another"})
     third = contents(tmp_path / "class")
     assert second.keys() & third.keys() == own.keys() and len(third) == 5
 
 
 def test_the_recipe_does_not_ask_where_a_model_lies_or_what_the_runs_seed_is(tmp_path, pipeline):
-    key = recipe_key(generation_recipe(config(tmp_path), pipeline))
+    key = recipe_key(generation_recipe(config(tmp_path), WEIGHTS))
     same = config(tmp_path, pretrained_model_name_or_path="elsewhere/the-same", seed=7)
-    assert recipe_key(generation_recipe(same, pipeline)) == key
+    assert recipe_key(generation_recipe(same, WEIGHTS)) == key
 
 
 def test_a_generation_that_was_killed_goes_on(tmp_path, pipeline, accelerator, quick, monkeypatch):
@@ -236,11 +240,11 @@ def test_a_generation_that_was_killed_goes_on(tmp_path, pipeline, accelerator, q
 
     monkeypatch.setattr(class_images, "save_picture", killed)
     with pytest.raises(KeyboardInterrupt):
-        ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
+        ensure(config(tmp_path), pipeline, accelerator)
     monkeypatch.setattr(class_images, "save_picture", save)
     assert len(contents(tmp_path / "class")) == 3
     quick.clear()
-    ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
+    ensure(config(tmp_path), pipeline, accelerator)
     assert quick == [3, 4] and not list((tmp_path / "class").glob(".*.partial"))
     assert contents(tmp_path / "class").keys() == whole.keys()
     assert_near(contents(tmp_path / "class"), whole)
@@ -249,7 +253,7 @@ def test_a_generation_that_was_killed_goes_on(tmp_path, pipeline, accelerator, q
 def contents_of_whole(tmp_path, pipeline, accelerator) -> dict[str, bytes]:
     """The class images of a run that nobody disturbed."""
     place = tmp_path / "undisturbed"
-    ensure_class_images(config(tmp_path, class_data_dir=str(place)), pipeline, accelerator, IN_32_BITS)
+    ensure(config(tmp_path, class_data_dir=str(place)), pipeline, accelerator)
     return contents(place)
 
 
@@ -263,7 +267,7 @@ def assert_near(first: dict[str, bytes], second: dict[str, bytes]) -> None:
 
 def test_two_processes_draw_the_pictures_of_one(tmp_path, pipeline, accelerator, quick):
     whole = contents_of_whole(tmp_path, pipeline, accelerator)
-    recipe, shared = generation_recipe(config(tmp_path), pipeline), tmp_path / "shared"
+    recipe, shared = generation_recipe(config(tmp_path), WEIGHTS), tmp_path / "shared"
     shared.mkdir()
     numbers = missing_numbers(shared, recipe_key(recipe), 5)
     for rank in range(2):
@@ -280,7 +284,7 @@ def test_a_process_among_several_draws_its_share(tmp_path, pipeline, accelerator
     second = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2, device=accelerator.device,
                              wait_for_everyone=lambda: None)  # fmt: skip
     (tmp_path / "class").mkdir()
-    ensure_class_images(config(tmp_path), pipeline, second, IN_32_BITS)
+    ensure(config(tmp_path), pipeline, second)
     assert quick == [5, 7]
 
 
@@ -296,7 +300,7 @@ def test_class_images_have_their_solver_whatever_validates(tmp_path, pipeline, a
     before = pipeline.scheduler
     pipeline.scheduler = validating = make_sampler(training_scheduler(pipeline), "ddpm")
     try:
-        ensure_class_images(config(tmp_path), pipeline, accelerator, IN_32_BITS)
+        ensure(config(tmp_path), pipeline, accelerator)
         assert pipeline.scheduler is validating and isinstance(validating, DDPMScheduler)
     finally:
         pipeline.scheduler = before

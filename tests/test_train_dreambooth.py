@@ -378,6 +378,11 @@ def test_networks_are_placed_anew_for_each_phase_of_a_run(pictures, tmp_path, mo
     train(config(pictures, tmp_path / "run", lora=True, max_train_steps=1,
                  **prior_words(tmp_path / "class", 2)))  # fmt: skip
     every = ["text_encoder", "unet", "vae"]
+    assert placed == [(phase, every) for phase in (Phase.ENCODE, Phase.TRAIN)], "no class image was missing"
+    placed.clear()
+    (tmp_path / "class" / "00.png").unlink()
+    monkeypatch.setattr(class_images, "generate_missing", lambda *_, **__: None)
+    train(config(pictures, tmp_path / "run", lora=True, max_train_steps=1, **prior_words(tmp_path / "class", 2)))
     assert placed == [(phase, every) for phase in (Phase.CLASS_IMAGES, Phase.ENCODE, Phase.TRAIN)]
     placed.clear()
     dry_run(config(pictures, tmp_path / "run", lora=True))

@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from filelock import FileLock
@@ -30,18 +31,19 @@ from ..engine.config import InputError
 from ..engine.devices import on_main
 from ..engine.precision import Phase, PrecisionPlan
 from ..engine.tracking import say
-from ..stable_diffusion.latents import weights_fingerprint
 from ..stable_diffusion.drawing import draw
 from ..pictures.files import find_images
 from ..pictures.sets import Source
 from ..stable_diffusion.drawing import drawing_with
 
 # %% ../../nbs/workshop/89_class_images.ipynb #8be69748
-def generation_recipe(config: DreamBoothConfig, pipeline: StableDiffusionPipeline) -> dict[str, Any]:
-    """All that decides what a generated class image looks like: prompt, weights and solver; not the run's own seed."""
-    parts = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+def generation_recipe(config: DreamBoothConfig, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """All that decides what a generated class image looks like: prompt, weights and solver; not the run's own seed.
+
+    fingerprints: of the model's networks, as `network_fingerprints` gives them.
+    """
     return {"prompt": config.class_prompt, "model": str(config.pretrained_model_name_or_path),
-            "weights": weights_fingerprint(*parts), "solver": "dpmsolver++", "num_inference_steps": 25,
+            "weights": " ".join(fingerprints.values()), "solver": "dpmsolver++", "num_inference_steps": 25,
             "guidance_scale": 7.5}
 
 # %% ../../nbs/workshop/89_class_images.ipynb #7d4b9321
@@ -105,16 +107,19 @@ def save_picture(pixels: Tensor, path: Path) -> None:
 
 # %% ../../nbs/workshop/89_class_images.ipynb #511e7565
 def generate_missing(folder: Path, key: str, numbers: Sequence[int], recipe: dict[str, Any],
-                     pipeline: StableDiffusionPipeline, batch_size: int, quiet: bool = False) -> None:
+                     pipeline: StableDiffusionPipeline, batch_size: int, quiet: bool = False,
+                     device: torch.device | None = None) -> None:
     """Draw the pictures of a recipe with these numbers into the folder; number n always starts from noise n.
 
-    numbers: of this process. batch_size: pictures drawn at a time. quiet: without a progress bar.
+    numbers: of this process. batch_size: pictures drawn at a time. quiet: without a progress bar. device: where to
+    draw; None: where the networks lie.
     """
     batches = [numbers[first : first + batch_size] for first in range(0, len(numbers), batch_size)]
     settings = {name: recipe[name] for name in ("num_inference_steps", "guidance_scale")}
     for batch in tqdm(batches, "class images", disable=quiet, unit="batch", delay=2):
         with drawing_with(pipeline, recipe["solver"]):
-            pictures = draw(pipeline, [recipe["prompt"]] * len(batch), seeds=batch, batch_size=batch_size, **settings)
+            pictures = draw(pipeline, [recipe["prompt"]] * len(batch), seeds=batch, batch_size=batch_size, device=device,
+                            **settings)
         for number, pixels in zip(batch, pictures, strict=True):
             save_picture(pixels, folder / f"generated-{key}-{number:05d}.png")
 
@@ -157,15 +162,16 @@ def choose_class_images(folder: Path, key: str, wanted: int) -> list[Path]:
     return [*own, *(current[number] for number in sorted(current))][:wanted]
 
 # %% ../../nbs/workshop/89_class_images.ipynb #0b0e741b
-def ensure_class_images(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, accelerator: Accelerator,
-                        plan: PrecisionPlan) -> Source:
+def ensure_class_images(config: DreamBoothConfig, fingerprints: Mapping[str, str], accelerator: Accelerator,
+                        plan: PrecisionPlan, load: Callable[[], StableDiffusionPipeline]) -> Source:
     """The class images of a run: what is in the folder, topped up with generated ones as far as some are missing.
 
-    The processes share the work, each draws other pictures. Pictures that were generated for another prompt or with
-    other weights are removed first; the user's own are never touched. plan: in which precision the run draws them.
-    Raises InputError for a folder that holds anything else, or cannot be written.
+    The processes share the work, each draws other pictures. fingerprints: of the model's networks. load: called where
+    pictures are missing; returns the model that draws them, in the precision and the places that the plan says.
+    Pictures that were generated for another prompt or with other weights are removed first; the user's own are never
+    touched. Raises InputError for a folder that holds anything else, or cannot be written.
     """
-    folder, recipe = Path(config.class_data_dir), generation_recipe(config, pipeline)
+    folder, recipe = Path(config.class_data_dir), generation_recipe(config, fingerprints)
     key = recipe_key(recipe)
 
     def prepare(held: contextlib.ExitStack) -> list[int]:
@@ -176,9 +182,10 @@ def ensure_class_images(config: DreamBoothConfig, pipeline: StableDiffusionPipel
     with contextlib.ExitStack() as held:
         numbers = on_main(accelerator, lambda: prepare(held))
         share = numbers[accelerator.process_index :: accelerator.num_processes]
-        with plan.autocast(Phase.CLASS_IMAGES):
-            generate_missing(folder, key, share, recipe, pipeline, config.sample_batch_size,
-                             quiet=not accelerator.is_main_process)
+        if share:
+            with plan.autocast(Phase.CLASS_IMAGES):
+                generate_missing(folder, key, share, recipe, load(), config.sample_batch_size,
+                                 quiet=not accelerator.is_main_process, device=plan.device)
         accelerator.wait_for_everyone()
     chosen = choose_class_images(folder, key, config.num_class_images)
     return Source([str(path) for path in chosen], key, lambda: chosen.__getitem__)

@@ -7,6 +7,7 @@ __all__ = ['Loss', 'OFFSET_NOISE', 'Look', 'micro_step', 'dreambooth_loop', 'val
 
 # %% ../../nbs/dreambooth/31_loop.ipynb #52bd75c3
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -16,8 +17,9 @@ from torch import Tensor
 from .config import DreamBoothConfig
 from .subject import SubjectData
 from ..pictures.figures import make_grid
-from ..stable_diffusion.drawing import draw
+from ..stable_diffusion.drawing import draw, ready_to_draw
 from ..diffusion.noise import denoising_loss, noise_batch
+from ..engine.precision import Phase, PrecisionPlan
 from ..engine.run import Run
 
 # %% ../../nbs/dreambooth/31_loop.ipynb #b41776f2
@@ -61,21 +63,27 @@ def dreambooth_loop(run: Run, config: DreamBoothConfig, data: SubjectData, noise
 
 # %% ../../nbs/dreambooth/31_loop.ipynb #6b9d4d0b
 def validation_grid(pipeline: StableDiffusionPipeline, prompts: list[str], number: int, seed: int,
-                    size: int | None = None) -> Image.Image:
-    """A row of pictures for each prompt, from the same noise in every row."""
-    rows = [draw(pipeline, [prompt] * number, seed=seed, guidance_scale=7.5, size=size) for prompt in prompts]
-    return make_grid([picture for row in rows for picture in row], len(prompts), number)
+                    size: int | None = None, **settings: Any) -> Image.Image:
+    """A row of pictures for each prompt, from the same noise in every row. settings: further ones of `draw`."""
+    seeds = [seed + place for _ in prompts for place in range(number)]
+    pictures = draw(pipeline, [prompt for prompt in prompts for _ in range(number)], seeds=seeds, guidance_scale=7.5,
+                    size=size, **settings)
+    return make_grid(list(pictures), len(prompts), number)
 
 
-def look_at_prompts(run: Run, config: DreamBoothConfig, pipeline: StableDiffusionPipeline) -> None:
-    """When it is due: the validation prompts, from the same noise each time, as a file and in the tracker."""
-    config = config.resolve()
+def look_at_prompts(run: Run, config: DreamBoothConfig, pipeline: StableDiffusionPipeline,
+                    plan: PrecisionPlan | None = None) -> None:
+    """When it is due: the validation prompts, from the same noise each time, as a file and in the tracker.
+
+    plan: in which precision one looks; None takes the run's.
+    """
+    config, plan = config.resolve(), plan or PrecisionPlan(run.device, run.accelerator.mixed_precision)
     every = config.validation_steps or config.validation_epochs * run.steps_per_epoch
     path = run.sample_due(every, at_the_end=True) if config.validation_prompt else None
     if path is None:
         return
-    with run.looking():
-        grid = validation_grid(pipeline, config.validation_prompt, config.num_validation_images, config.seed,
-                               config.resolution)
+    with run.averaged_weights(), ready_to_draw(pipeline, plan, Phase.LOOK) as drawing:
+        grid = validation_grid(drawing, config.validation_prompt, config.num_validation_images, config.seed,
+                               config.resolution, batch_size=config.sample_batch_size, device=plan.device)
     grid.save(path)
     run.log_image("validation", grid)

@@ -10,7 +10,8 @@ __all__ = ['DECODE_FACTOR', 'RESAMPLING', 'RARE_WORDS', 'instance_source', 'fit_
 # %% ../../nbs/dreambooth/30_subject.ipynb #f1fd86cf
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +23,8 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 from transformers import CLIPTokenizer
 
-from ..stable_diffusion.latents import encode_moments, weights_fingerprint
-from ..pictures.batches import to_model_range
+from ..stable_diffusion.folder import network_fingerprints
+from ..stable_diffusion.latents import compute_moments, encode_moments
 from ..stable_diffusion.prompts import tokenize
 from ..engine.config import InputError
 from .config import DreamBoothConfig
@@ -191,9 +192,7 @@ class SubjectData(NamedTuple):
         """
         stored = torch.cat(list(batch)).to(generator.device)
         if stored.dtype == torch.uint8:
-            with torch.no_grad():
-                pixels = to_model_range(stored).to(self.vae.dtype)
-                stored = self.vae.encode(pixels).latent_dist.parameters
+            stored = compute_moments(self.vae, stored)
         return scaled_latents(stored, self.vae.config.scaling_factor, generator)
 
 # %% ../../nbs/dreambooth/30_subject.ipynb #cdcbc4b2
@@ -214,10 +213,12 @@ def note_crops(groups: Sequence[Sequence[np.ndarray]]) -> None:
         say(f"note: {wide} pictures are not square and their middle is taken; for random crops add --no_cache_latents")
 
 
-def load_subject(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, sources: Sequence[Source]) -> SubjectData:
+def load_subject(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, sources: Sequence[Source],
+                 fingerprints: Mapping[str, str] | None = None) -> SubjectData:
     """Read the pictures of the subject and of the class, and encode what can be encoded once.
 
-    sources: the subject's, then the class's if the prior is preserved. Raises InputError for unreadable pictures.
+    sources: the subject's, then the class's if the prior is preserved. fingerprints: of the model's networks, by name;
+    None: they are computed from the files of the pipeline. Raises InputError for unreadable pictures.
     """
     config = config.resolve()
     groups = [read_pictures(source, config.resolution, config.image_interpolation_mode, config.on_bad_image)
@@ -232,8 +233,9 @@ def load_subject(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, so
         dataset = CroppedPairs(groups, config.resolution, config.center_crop, config.train_batch_size)
     prompts = [config.instance_prompt, config.class_prompt][: len(groups)]
     # What a resumed run compares: the pictures, and the weights that are not in its checkpoints.
-    frozen = [pipeline.vae, *([] if config.train_text_encoder and not config.lora else [pipeline.text_encoder])]
-    frozen += [pipeline.unet] if config.lora else []
-    dataset.fingerprint = f"{pictures_fingerprint(groups)} {weights_fingerprint(*frozen)}"
+    known = fingerprints or network_fingerprints(Path(pipeline.name_or_path), config.variant)
+    frozen = {"vae"} | (set() if config.train_text_encoder and not config.lora else {"text_encoder"})
+    frozen |= {"unet"} if config.lora else set()
+    dataset.fingerprint = " ".join([pictures_fingerprint(groups), *(known[name] for name in sorted(frozen))])
     return SubjectData(dataset, Prompts(pipeline, prompts, config.train_text_encoder), pipeline.vae,
                        middle(groups[0], config.resolution))

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -105,7 +106,7 @@ def load_part(model_class: type, folder: str | Path, remedy: str, variant: str |
     problem = folder_fault(folder)
     if problem is None:
         try:
-            with without_warnings():
+            with without_warnings(), warnings.catch_warnings(action="ignore"):  # old names of arguments, and new ones
                 named = "torch_dtype" if issubclass(model_class, ModelMixin) else "dtype"  # transformers' new name
                 model, report = model_class.from_pretrained(
                     folder, use_safetensors=True, output_loading_info=True, variant=variant, **{named: dtype})
