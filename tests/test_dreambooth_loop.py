@@ -5,6 +5,7 @@ import copy
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,7 +267,7 @@ def drawn(monkeypatch):
     """What is asked of `draw`, which answers with grey pictures of the asked size."""
     calls = []
 
-    def answer(pipeline, prompts, *, seed=0, guidance_scale=5.0, size=None):
+    def answer(pipeline, prompts, *, seed=0, guidance_scale=5.0, size=None, **places):
         calls.append({"prompts": list(prompts), "seed": seed, "guidance_scale": guidance_scale, "size": size})
         return torch.stack([torch.full((3, size, size), 10 * len(calls) + i, dtype=torch.uint8)
                             for i in range(len(prompts))])  # fmt: skip
@@ -297,13 +298,14 @@ class Due:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.steps_per_epoch, self.asked, self.logged, self.averaged = folder, 3, [], [], 0
+        self.device, self.accelerator = torch.device("cpu"), SimpleNamespace(mixed_precision="no")
 
     def sample_due(self, every: int, at_the_end: bool = False) -> Path | None:
         self.asked.append((every, at_the_end))
         return self.folder / "step-000006.png"
 
     @contextlib.contextmanager
-    def looking(self):
+    def averaged_weights(self):
         self.averaged += 1
         yield
 
@@ -311,9 +313,10 @@ class Due:
         self.logged.append((name, image.size))
 
 
-def test_validation_pictures_become_a_file_and_go_to_the_tracker(drawn, tmp_path):
+def test_validation_pictures_become_a_file_and_go_to_the_tracker(drawn, pipeline, tmp_path):
     run = Due(tmp_path)
-    look_at_prompts(run, a_config(validation_prompt=[SUBJECT, CLASS], num_validation_images=3, seed=4).resolve(), None)
+    look_at_prompts(run, a_config(validation_prompt=[SUBJECT, CLASS], num_validation_images=3, seed=4).resolve(),
+                     pipeline)
     with Image.open(tmp_path / "step-000006.png") as grid:
         assert grid.size == (96, 64)
     assert run.logged == [("validation", (96, 64))] and run.averaged == 1
@@ -324,9 +327,9 @@ def test_validation_pictures_become_a_file_and_go_to_the_tracker(drawn, tmp_path
     "fields, every",
     [({}, 100), ({"validation_steps": 7}, 7), ({"validation_epochs": 2}, 6), ({"lora": True}, 150)],
 )  # fmt: skip
-def test_validation_is_due_by_steps_or_by_epochs(drawn, tmp_path, fields, every):
+def test_validation_is_due_by_steps_or_by_epochs(pipeline, drawn, tmp_path, fields, every):
     run = Due(tmp_path)
-    look_at_prompts(run, a_config(validation_prompt=SUBJECT, **fields).resolve(), None)
+    look_at_prompts(run, a_config(validation_prompt=SUBJECT, **fields).resolve(), pipeline)
     assert run.asked == [(every, True)]
 
 

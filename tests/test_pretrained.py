@@ -22,6 +22,7 @@ from diffusion_lessons.stable_diffusion.folder import (
     copy_part,
     find_model,
     load_pipeline,
+    network_fingerprints,
     read_json,
     shipped,
     variant_of,
@@ -443,3 +444,46 @@ def test_latents_are_never_clipped_whatever_solver_the_folder_names(model):
     assert "clip_sample" not in pipeline.scheduler.config
     scheduler = training_scheduler(pipeline)
     assert scheduler.config.clip_sample is False and not make_sampler(scheduler).config.thresholding
+
+
+# --- fingerprints of files; models stored in half ---
+
+
+def halved(folder: Path) -> Path:
+    """The miniature as plain diffusers writes it in half precision: its text encoder's config says float16."""
+    StableDiffusionPipeline.from_pretrained(shipped("miniature"), torch_dtype=torch.float16).save_pretrained(folder)
+    assert json.loads((folder / "text_encoder" / "config.json").read_text())["dtype"] == "float16"
+    return folder
+
+
+def test_a_fingerprint_is_of_the_weights_and_not_of_who_wrote_them(tmp_path):
+    known = network_fingerprints(shipped("miniature"))
+    assert set(known) == {"unet", "vae", "text_encoder"} and len(set(known.values())) == 3
+    folder = halved(tmp_path / "half")
+    assert network_fingerprints(folder) == known, "the miniature ships in half: the same numbers, another writer"
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    after = network_fingerprints(folder)
+    assert after["unet"] != known["unet"] and after["vae"] == known["vae"]
+
+
+def test_parts_are_loaded_in_the_formats_that_are_asked_for():
+    pipeline = load_pipeline(shipped("miniature"), dtypes={"unet": torch.bfloat16, "text_encoder": torch.float16})
+    assert [each.dtype for each in (pipeline.unet, pipeline.text_encoder, pipeline.vae)] == [
+        torch.bfloat16, torch.float16, torch.float32]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_model_made_from_one_stored_in_half_opens_as_its_card_says(part, tmp_path):
+    """Its networks are written in 32 bits; a copied config that said float16 would bring one that does not fit."""
+    base = halved(tmp_path / "half")
+    write_model(tmp_path / "new", base, {part: getattr(load_pipeline(base), part)})
+    plain = StableDiffusionPipeline.from_pretrained(tmp_path / "new")
+    assert {each.dtype for each in (plain.unet, plain.text_encoder, plain.vae)} == {torch.float32}
+    plain.set_progress_bar_config(disable=True)
+    assert plain("a photo of a fish", num_inference_steps=1).images
+    for name in {"unet", "vae", "text_encoder"} - {part}:
+        for file in (base / name).glob("*.safetensors"):
+            assert (tmp_path / "new" / name / file.name).read_bytes() == file.read_bytes(), "copied, bit for bit"

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 from dreambooth_runs import CLASS, SUBJECT, class_folder, dreambooth_words, prior_words, subject_folder
 from PIL import Image
 from safetensors import safe_open
@@ -550,13 +551,13 @@ class StubTable:
 def test_the_verdict_names_a_checkpoint_that_is_there(scores, kept, said, unsaid, tmp_path):
     for step in kept:
         (tmp_path / f"checkpoint-{step}").mkdir()
-    verdict = Watch(None, None, StubTable(scores)).verdict(SimpleNamespace(output_dir=tmp_path, global_step=4))
+    verdict = Watch(None, None, StubTable(scores), None).verdict(SimpleNamespace(output_dir=tmp_path, global_step=4))
     assert verdict.startswith("the table") and said in verdict and unsaid not in verdict
     assert verdict.count("\n") <= 1
 
 
 def test_without_a_table_there_is_no_verdict(tmp_path):
-    assert Watch(None, None, None).verdict(SimpleNamespace(output_dir=tmp_path, global_step=4)) is None
+    assert Watch(None, None, None, None).verdict(SimpleNamespace(output_dir=tmp_path, global_step=4)) is None
 
 
 def test_the_finished_model_is_the_average_where_one_is_kept(pictures, tmp_path):
@@ -607,3 +608,18 @@ def test_the_card_does_not_tell_where_a_base_model_lies(pictures, tmp_path):
     folder.mkdir(parents=True)
     text = card_text(config(pictures, tmp_path, pretrained_model_name_or_path=str(folder), lora=True), "sks", 4)
     assert "secret-project" not in str(text) and "DIR_OF_THE_BASE_MODEL" in text["usage"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"train_text_encoder": True}, {"lora": True}])
+def test_what_was_trained_from_a_model_in_half_opens_as_its_card_says(fields, pictures, tmp_path, monkeypatch):
+    """Plain diffusers loads such a text encoder in float16, and the UNet beside it in 32 bits, unless it is told."""
+    base = tmp_path / "half"
+    StableDiffusionPipeline.from_pretrained(find_model("miniature"), torch_dtype=torch.float16).save_pretrained(base)
+    train(config(pictures, tmp_path / "run", pretrained_model_name_or_path=str(base), max_train_steps=1, **fields))
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "run" / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace("DIR_OF_THE_BASE_MODEL", str(base)).replace(".images[0]", ".images[0]")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    # One step at 32 px instead of the model's own: on a CPU half precision is slow.
+    exec(code.replace(f"pipeline({SUBJECT!r})", f"pipeline({SUBJECT!r}, 32, 32, num_inference_steps=1)"), found)
+    assert found["image"].size == (32, 32)

@@ -65,10 +65,9 @@ def dreambooth_loop(run: Run, config: DreamBoothConfig, data: SubjectData, noise
 def validation_grid(pipeline: StableDiffusionPipeline, prompts: list[str], number: int, seed: int,
                     size: int | None = None, **settings: Any) -> Image.Image:
     """A row of pictures for each prompt, from the same noise in every row. settings: further ones of `draw`."""
-    seeds = [seed + place for _ in prompts for place in range(number)]
-    pictures = draw(pipeline, [prompt for prompt in prompts for _ in range(number)], seeds=seeds, guidance_scale=7.5,
-                    size=size, **settings)
-    return make_grid(list(pictures), len(prompts), number)
+    rows = [draw(pipeline, [prompt] * number, seed=seed, guidance_scale=7.5, size=size, **settings)
+            for prompt in prompts]
+    return make_grid([picture for row in rows for picture in row], len(prompts), number)
 
 
 def look_at_prompts(run: Run, config: DreamBoothConfig, pipeline: StableDiffusionPipeline,

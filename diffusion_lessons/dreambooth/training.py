@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['load_model', 'load_for_training', 'model_notes', 'settle_seed', 'find_sources', 'choose_loss', 'Watch',
-           'write_result', 'card_text', 'finish', 'Ingredients', 'gather', 'train', 'Measured', 'measure_run',
-           'dry_run', 'check_before_work', 'run_dreambooth', 'main']
+           'write_result', 'loads_in_half', 'card_usage', 'card_text', 'finish', 'Ingredients', 'gather', 'train',
+           'Measured', 'measure_run', 'dry_run', 'check_before_work', 'run_dreambooth', 'main']
 
 # %% ../../nbs/dreambooth/37_train.ipynb #58a19b4e
 import secrets
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..engine.checkpoints import find_checkpoint, list_checkpoints
 from ..engine.commands import RunFailed, launch, training_command
-from ..engine.config import LaunchOptions
+from ..engine.config import InputError, LaunchOptions
 from ..engine.devices import check_processes, enable_xformers, forget_accelerator
 from ..engine.devices import make_accelerator, on_main
 from .config import DREAMBOOTH_PRESETS, DreamBoothConfig
@@ -185,21 +185,45 @@ def write_result(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, mo
     save_parts(config.output_dir, write)
 
 
-def card_text(config: DreamBoothConfig, name: str, steps: int, text_width: int = 768) -> dict[str, Any]:
+def loads_in_half(base: Path) -> bool:
+    """Whether transformers would load a model's text encoder in half precision, beside a UNet in 32 bits."""
+    try:
+        about = read_json(base / "text_encoder" / "config.json", COPY_AGAIN)
+    except InputError:  # it was trained from there, and is gone: nothing that a finished run may end with
+        return False
+    return (about.get("dtype") or about.get("torch_dtype")) in ("float16", "bfloat16")
+
+
+def card_usage(config: DreamBoothConfig, name: str, in_half: bool = False) -> str:
+    """Python code that draws with what a run left, in plain diffusers.
+
+    name: of the run's folder. in_half: whether the base model has to be told a format, see `loads_in_half`.
+    """
+    base, imports, options = config.pretrained_model_name_or_path, "", ""
+    if config.lora:
+        shown = "DIR_OF_THE_BASE_MODEL" if base == "miniature" or Path(base).exists() else base
+        known = {"revision": config.revision, "variant": config.variant}
+        options = "".join(f', {key}="{value}"' for key, value in known.items() if value)
+        options += ", torch_dtype=torch.float16" * in_half
+        imports = "import torch\n" * in_half
+    loads = f'pipeline = StableDiffusionPipeline.from_pretrained("{shown if config.lora else name}"{options})\n'
+    loads += f'pipeline.load_lora_weights("{name}")\n' * config.lora
+    return (f"{imports}from diffusers import StableDiffusionPipeline\n\n{loads}"
+            f"image = pipeline({config.instance_prompt!r}).images[0]")
+
+
+def card_text(config: DreamBoothConfig, name: str, steps: int, text_width: int = 768, in_half: bool = False
+              ) -> dict[str, Any]:
     """Summary, use, tags and licence for the model card.
 
-    text_width: of the model's text encoder; Stable Diffusion 2, with 1024, has another licence than 1.
+    text_width: of the model's text encoder; Stable Diffusion 2, with 1024, has another licence than 1. name, in_half:
+    as `card_usage` takes them.
     """
-    loads = 'StableDiffusionPipeline.from_pretrained("'
     base = config.pretrained_model_name_or_path
-    shown = "DIR_OF_THE_BASE_MODEL" if base == "miniature" or Path(base).exists() else base
-    usage = (f'pipeline = {loads}{shown}")\npipeline.load_lora_weights("{name}")' if config.lora
-             else f'pipeline = {loads}{name}")')
     kind = f"LoRA adapter (rank {config.rank})" if config.lora else "Stable Diffusion model"
     return {
         "summary": f"A {kind}, fine-tuned with DreamBooth for {steps} steps on the prompt “{config.instance_prompt}”.",
-        "usage": f"from diffusers import StableDiffusionPipeline\n\n{usage}\n"
-                 f"image = pipeline({config.instance_prompt!r}).images[0]",
+        "usage": card_usage(config, name, in_half),
         "tags": ["text-to-image", "stable-diffusion", "dreambooth", *(["lora"] if config.lora else [])],
         "license": "apache-2.0" if base == "miniature" else
                    "openrail++" if text_width == 1024 else "creativeml-openrail-m",
@@ -217,10 +241,12 @@ def finish(run: Run, config: DreamBoothConfig, pipeline: StableDiffusionPipeline
     with run.averaged_weights():
         write_result(config, pipeline, run.models)
     name = run.output_dir.resolve().name
+    text = card_text(config, name, run.global_step, pipeline.text_encoder.config.hidden_size,
+                     loads_in_half(Path(pipeline.name_or_path)))
     write_model_card(config.output_dir, config, title=name, grid=newest_samples(run.output_dir),
                      base_model=None if config.pretrained_model_name_or_path == "miniature"
                      else config.pretrained_model_name_or_path,
-                     **card_text(config, name, run.global_step, pipeline.text_encoder.config.hidden_size))
+                     **text)
     if config.push_to_hub:
         say(f"uploaded to {push_to_hub(config)}")
     say(f"the {'adapter' if config.lora else 'model'} is in {config.output_dir}")

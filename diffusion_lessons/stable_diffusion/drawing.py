@@ -123,16 +123,22 @@ def in_format(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     if all(each.dtype == dtype or not each.is_floating_point() for each in weights):
         return network
     # What is found in the memo is not copied: so there is never a copy in 32 bits, not even for a moment.
-    memo = {id(each): each if each.dtype == dtype or not each.is_floating_point() else
-            torch.nn.Parameter(each.detach().to(dtype), False) if isinstance(each, torch.nn.Parameter) else each.to(dtype)
-            for each in weights}
+    memo = {id(each): each for each in weights}
+    for each in weights:
+        if each.is_floating_point() and each.dtype != dtype:
+            cast = each.detach().to(dtype)
+            memo[id(each)] = torch.nn.Parameter(cast, False) if isinstance(each, torch.nn.Parameter) else cast
     made = copy.deepcopy(network, memo)
-    return extract_model_from_parallel(made, keep_fp32_wrapper=False)  # not what a run wrapped around `forward`
+    return extract_model_from_parallel(made, keep_fp32_wrapper=False)  # without what a run wrapped around `forward`
 
 
 @contextlib.contextmanager
-def ready_to_draw(pipeline: StableDiffusionPipeline, plan: PrecisionPlan, phase: Phase) -> Iterator[StableDiffusionPipeline]:
-    """Within the block a pipeline that draws as the plan says for a phase: in its context, from weights in its format."""
+def ready_to_draw(pipeline: StableDiffusionPipeline, plan: PrecisionPlan, phase: Phase
+                  ) -> Iterator[StableDiffusionPipeline]:
+    """Within the block a pipeline that draws as the plan says for a phase: in its context, from weights in its format.
+
+    The pipeline itself where its networks have the format, else another one with copies in the place of the others.
+    """
     networks = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
     made = {name: in_format(network, plan.placement(phase, name).weights) for name, network in networks.items()}
     drawing = pipeline
