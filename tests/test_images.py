@@ -250,6 +250,17 @@ def test_several_processes_share_a_small_set(folder, tmp_path, monkeypatch):
     assert np.array_equal(again.pixels, drawn.pixels)
 
 
+def test_a_finished_block_is_read_where_nobody_can_write(tmp_path, monkeypatch):
+    def none(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "images-1").mkdir()
+    monkeypatch.setattr(module, "held_lock", none)
+    write_whole(tmp_path / "images-1", fill=None)
+    with pytest.raises(PermissionError):
+        write_whole(tmp_path / "images-2", fill=None)
+
+
 def test_a_block_that_skipped_is_not_taken_for_a_whole_one(folder, tmp_path, small_limit):
     add_bad_files(folder)
     cache = str(tmp_path / "cache")
