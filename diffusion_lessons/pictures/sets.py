@@ -197,7 +197,7 @@ def write_whole(place: Path, fill: Callable[[BinaryIO], dict]) -> None:
 
 def mapped(source: Source, image_size: int, resize: Resize, on_bad_image: str, folder: Path) -> tuple[np.memmap, dict]:
     """Map the decoded pictures from a file, which this or an earlier run or another process writes once."""
-    key = repr(("rules 1", source.key, image_size, resize)).encode(errors="surrogateescape")
+    key = repr(("rules 2", source.key, image_size, resize)).encode(errors="surrogateescape")
     place = folder / f"images-{hashlib.blake2b(key, digest_size=8).hexdigest()}"
     needed = len(source.names) * 3 * image_size**2
     try:
