@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 from torchvision import transforms
 
 from diffusion_lessons.dreambooth.subject import instance_source, read_pictures
@@ -352,6 +352,28 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path):
     assert sorted(path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)) == sorted(wanted)
 
 
+@pytest.mark.parametrize("name", ["a.CR3", "a.jxl", "a.raf", "a.ORF", "a.rw2", "a.pef", "a.srw", "a.heics", "a.hif",
+                                  "a.nrw", "a.avif", "a.psb", "a.exr"])  # fmt: skip
+def test_what_is_surely_a_picture_is_not_overlooked(tmp_path, name):
+    (tmp_path / name).write_bytes(b"what no decoder here knows")
+    assert [path.name for path in find_images(tmp_path)] == [name]
+    with pytest.raises(InputError, match=f"{name}: is no readable picture .convert HEIC, RAW, JPEG XL or SVG"):
+        open_image(tmp_path / name)
+
+
+def test_the_thumbnail_of_a_raw_file_is_not_the_picture(tmp_path):
+    plain, thumbnail, dng = (TiffImagePlugin.ImageFileDirectory_v2() for _ in range(3))
+    thumbnail[254], dng[50706] = 1, b"\1\4\0\0"
+    for name, tags, refused in [("a.nef", plain, True), ("b.tif", thumbnail, True), ("c.tif", dng, True),
+                                ("d.tif", plain, False)]:  # fmt: skip
+        (tmp_path / name).write_bytes(saved(landmark(), "TIFF", tiffinfo=tags))
+        if refused:
+            with pytest.raises(InputError, match=f"{name}: is no readable picture"):
+                open_image(tmp_path / name)
+        else:
+            assert open_image(tmp_path / name).size == (24, 16)
+
+
 def test_the_order_depends_on_the_names_alone(tmp_path):
     names = ["2.png", "10.png", "é.png", "z.png", "나비.png"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -414,7 +436,7 @@ DISPLAY_P3 = icc(b"RGB ", WHITE | {
     b"rXYZ": xyz(0.51512, 0.2412, -0.00105), b"gXYZ": xyz(0.29198, 0.69225, 0.04189),
     b"bXYZ": xyz(0.1571, 0.06657, 0.78407), b"rTRC": SRGB_CURVE, b"gTRC": SRGB_CURVE, b"bTRC": SRGB_CURVE})  # fmt: skip
 LINEAR_GRAY = icc(b"GRAY", WHITE | {b"kTRC": LINEAR})
-# A press whose black ink gives half of the lightness and whose other inks give nothing: a table of 2 x 2 x 2 x 2 points.
+# A press whose black ink gives half of the lightness, and whose other inks give nothing: a table of 2^4 points.
 RAMP = bytes(range(256))
 POINTS = b"".join(bytes([127 if point & 1 else 255, 128, 128]) for point in range(16))
 PRESS = icc(b"CMYK", WHITE | {b"A2B0": struct.pack(">4s4x4B9i", b"mft1", 4, 3, 2, 0, *fixed(1, 0, 0, 0, 1, 0, 0, 0, 1))

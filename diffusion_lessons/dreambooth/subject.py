@@ -42,7 +42,7 @@ def instance_source(name: str, size: int) -> Source:
     """
     if name == "meadow":
         return dataset_source(subject(5, max(size, 64)), "meadow")
-    return folder_source(name, flag="instance_data_dir")
+    return folder_source(name, flag="instance_data_dir", splits=False)
 
 # %% ../../nbs/dreambooth/30_subject.ipynb #20822de0
 DECODE_FACTOR = 4  # a large JPEG may be decoded at a half or a quarter, but not below so many times the resolution
@@ -222,7 +222,9 @@ def load_subject(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, so
     config = config.resolve()
     groups = [read_pictures(source, config.resolution, config.image_interpolation_mode, config.on_bad_image)
               for source in sources]
-    for note in identifier_notes(config.instance_prompt, config.class_prompt, pipeline.tokenizer):
+    notes = [note for source in sources for note in source.notes]
+    notes += identifier_notes(config.instance_prompt, config.class_prompt, pipeline.tokenizer)
+    for note in dict.fromkeys(notes):
         say(f"note: {note}")
     if config.cache_latents:
         if not config.center_crop:
