@@ -447,6 +447,12 @@ def test_the_encoder_is_not_asked_for_the_subjects_word(prompt, rest):
     assert without_words(prompt, []) == prompt
 
 
+@pytest.mark.parametrize("taught, of_class, text", [(SUBJECT, CLASS, CLASS), (SUBJECT, None, CLASS),
+                                                    ("a photo of my cat", None, "a photo of my cat")])  # fmt: skip
+def test_what_the_encoder_is_asked_for_needs_no_class_prompt(tmp_path, encoder, real, taught, of_class, text):
+    assert FidelityTable(tmp_path / "t.json", encoder, real, taught, of_class).texts == [text]
+
+
 def test_the_best_is_the_highest_score_among_the_steps_that_are_left(tmp_path, encoder, real):
     table = make(tmp_path / "t.json", encoder, real)
     assert table.best([1, 2]) is None
