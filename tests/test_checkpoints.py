@@ -1,4 +1,6 @@
 """Loading trained parts: every weight from the file, or a line that says why not."""
+import hashlib
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -21,6 +23,7 @@ from diffusion_lessons.engine.checkpoints import (
     write_json,
 )
 from diffusion_lessons.engine.config import InputError
+from diffusion_lessons.engine.output_folder import clear_output_dir
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +100,29 @@ def test_a_manifest_with_odd_entries_is_damaged_and_no_traceback(entry, tmp_path
     assert checkpoint.fault(thorough=True) is None
     write_json(checkpoint.path / MANIFEST, {PROGRESS: entry})
     assert checkpoint.fault() == checkpoint.fault(thorough=True) == f"{MANIFEST} is damaged"
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "unet/../../secret", "..\\secret", ""])
+def test_a_manifest_that_leads_out_of_its_folder_is_damaged(tmp_path, name):
+    (tmp_path / "secret").write_text("1")
+    with atomic_folder(tmp_path / "checkpoint-1") as partial:
+        write_json(partial / PROGRESS, {})
+    checkpoint = Checkpoint(tmp_path / "checkpoint-1", 1)
+    assert checkpoint.fault(thorough=True) is None
+    manifest = json.loads((checkpoint.path / MANIFEST).read_text())
+    entry = {"bytes": 1, "sha256": hashlib.sha256(b"1").hexdigest()}
+    write_json(checkpoint.path / MANIFEST, manifest | {name: entry})
+    assert checkpoint.fault(thorough=True) == f"{MANIFEST} is damaged"
+
+
+def test_what_a_run_left_is_moved_and_nothing_outside_of_its_folder(tmp_path):
+    """The names of its parts come from a file in it."""
+    run = tmp_path / "place" / "run"
+    (run / "unet").mkdir(parents=True)
+    (run / ".git").mkdir()
+    (tmp_path / "place" / "mine").mkdir()
+    write_json(run / "training_config.json", {})
+    write_json(run / "model_index.json", {name: ["a", "b"] for name in ("unet", "..", "../mine", ".git")})
+    aside, _ = clear_output_dir(run)
+    assert sorted(path.name for path in aside.iterdir()) == ["model_index.json", "training_config.json", "unet"]
+    assert (run / ".git").is_dir() and (tmp_path / "place" / "mine").is_dir()

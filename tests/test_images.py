@@ -138,6 +138,71 @@ def test_a_saved_parquet_file_as_a_local_data_set(tmp_path):
     assert levels(images) == [3, 4] and images.names[1].endswith("set row 1")
 
 
+def layout(place: Path, names: list[str]) -> Path:
+    for index, name in enumerate(names):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        gray(index).save(place / name)
+    return place
+
+
+def taken(place: Path, **options) -> list[str]:
+    return [Path(name).relative_to(place).as_posix() for name in folder_source(place, **options).names]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/a.png", "test/b.png", "c.png"],
+        ["train/cat/a.png", "train/dog/b.png", "validation/cat/c.png"],
+        ["training/a.png", "val/b.png", "dev/c.png", "eval/d.png"],
+        ["cats-train/a.png", "train 2/b.png", "trained/c.png", "Train/d.png", "my_test.set/e.png"],
+        ["deep/er/train/a.png", "deep/er/test/b.png"],
+        ["cat/a.png", "dog/b.png", "tests/c.png", "evaluate/d.png", "latest/e.png"],
+        ["train/test/a.png", "train/b.png"],
+        ["a.png", "b.png"],
+    ],
+)  # fmt: skip
+def test_the_train_split_is_that_of_imagefolder(tmp_path, names):
+    place = layout(tmp_path / "photos", names)
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(place), split="train", cache_dir=str(tmp_path / "cache"))
+    files = [cell["path"] for cell in theirs.cast_column("image", datasets.Image(decode=False))["image"]]
+    assert sorted(taken(place)) == sorted(Path(file).relative_to(place).as_posix() for file in files)
+
+
+def test_folders_for_tests_are_left_out_and_it_is_said(tmp_path, capsys):
+    place = layout(tmp_path / "photos", ["a.png", "cat/b.png", "test/c.png", "validation/d.png", "eval 1.png"])
+    images = load_images("imagefolder", place, 8)
+    assert [Path(name).name for name in images.names] == ["a.png", "b.png", "eval 1.png"]
+    assert capsys.readouterr().out == (
+        f"note: 2 of 5 pictures in {place} are left out: they lie in folders for validation or tests\n")  # fmt: skip
+    load_images("imagefolder", layout(tmp_path / "other", ["train/a.png", "b.png"]), 8)
+    assert "1 of 2 pictures" in (said := capsys.readouterr().out) and "in no `train` folder" in said
+    with pytest.raises(InputError, match="--train_data_dir .*no picture to train on; 1 of 1 pictures .*test"):
+        load_images("imagefolder", layout(tmp_path / "third", ["test/a.png"]), 8)
+    assert taken(place / "test") == ["c.png"], "named itself, it is what somebody wants"
+    load_images("imagefolder", place / "cat", 8)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_subjects_folder_has_no_splits(tmp_path):
+    place = layout(tmp_path / "dog", ["a.png", "test/b.png", "train/c.png"])
+    source = folder_source(place, flag="instance_data_dir", splits=False)
+    assert len(source.names) == 3
+    assert source.notes == [f"2 of 3 pictures lie in sub-folders of {place} (test, train) and are used, too"]
+
+
+def test_pictures_without_a_suffix_are_named(tmp_path, capsys):
+    place = layout(tmp_path / "photos", ["a.png", "b.PNG"])
+    (place / "IMG_0001").write_bytes(png_bytes(gray(1)))
+    (place / "LICENSE").write_text("no picture")
+    assert len(load_images("imagefolder", place, 8)) == 2
+    assert f"note: pictures without a suffix are passed over: 1 in {place} (IMG_0001)" in capsys.readouterr().out
+    for path in place.glob("*.*"):
+        path.unlink()
+    with pytest.raises(InputError, match="no picture to train on; pictures without a suffix .*rename them"):
+        load_images("imagefolder", place, 8)
+
+
 # --- refusals
 
 
@@ -248,6 +313,17 @@ def test_several_processes_share_a_small_set(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(meadow, "specimens", lambda *_: pytest.fail("drawn again"))
     again = load_images(image_size=16, num_images=2, cache_dir=str(tmp_path / "cache"))
     assert np.array_equal(again.pixels, drawn.pixels)
+
+
+def test_a_finished_block_is_read_where_nobody_can_write(tmp_path, monkeypatch):
+    def none(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "images-1").mkdir()
+    monkeypatch.setattr(module, "held_lock", none)
+    write_whole(tmp_path / "images-1", fill=None)
+    with pytest.raises(PermissionError):
+        write_whole(tmp_path / "images-2", fill=None)
 
 
 def test_a_block_that_skipped_is_not_taken_for_a_whole_one(folder, tmp_path, small_limit):

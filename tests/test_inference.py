@@ -380,13 +380,21 @@ def test_a_prompt_is_needed_unless_a_model_is_to_be_saved(runs, tmp_path, capfd)
      ("an olis dog", "a photo of sks olis dog", "a photo of dog", None),
      ("a dog in a bucket", "a photo of sks dog", None, "has no `sks`; the subject was learned as 'a photo of sks dog'"),
      ("sks dog in a bucket", "a photo of sks dog", None, None),
-     ("a cat", "a photo of sks dog", None, "has no `sks` `dog`"),
+     ("a cat", "a photo of sks dog", None, "has no `sks`;"), ("sks im Schnee", "ein Foto von sks Hund", None, None),
+     ("a cat", "a photo of my dog", None, "has no `dog`"),
      ("a dog", "a photo of dog", "a photo of dog", None)],
 )  # fmt: skip
 def test_a_prompt_without_its_identifier_is_said(prompt, taught, of_class, said):
     notes = missing_word_notes([prompt], {"instance_prompt": taught, "class_prompt": of_class})
     assert len(notes) == (said is not None)
     assert said is None or (said in notes[0] and repr(prompt) in notes[0])
+
+
+def test_a_prompt_that_does_not_fit_is_said_with_what_is_lost(runs, tmp_path, capsys):
+    words = ["--model_path", str(runs / "both"), "--prompt", "a sks red butterfly on snow " * 6 + "a fish", *SETTINGS]
+    assert main([*words, "--output_dir", str(tmp_path)]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "is longer than the 32 tokens that are read; lost: '" in note and note.endswith("a fish'")
 
 
 def test_of_an_unknown_model_nothing_is_said():

@@ -5,16 +5,26 @@ import os
 import struct
 import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, TiffImagePlugin
 from torchvision import transforms
 
+from diffusion_lessons.dreambooth.subject import instance_source, read_pictures
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.pictures import files as pictures
-from diffusion_lessons.pictures.files import eight_bits, find_images, fit_square, open_image, upright
+from diffusion_lessons.pictures.files import (
+    conversion_to_srgb,
+    eight_bits,
+    find_images,
+    fit_square,
+    open_image,
+    upright,
+)
+from diffusion_lessons.pictures.sets import load_images
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's remarks on the damaged files made here
 
@@ -342,6 +352,28 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path):
     assert sorted(path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)) == sorted(wanted)
 
 
+@pytest.mark.parametrize("name", ["a.CR3", "a.jxl", "a.raf", "a.ORF", "a.rw2", "a.pef", "a.srw", "a.heics", "a.hif",
+                                  "a.nrw", "a.avif", "a.psb", "a.exr"])  # fmt: skip
+def test_what_is_surely_a_picture_is_not_overlooked(tmp_path, name):
+    (tmp_path / name).write_bytes(b"what no decoder here knows")
+    assert [path.name for path in find_images(tmp_path)] == [name]
+    with pytest.raises(InputError, match=f"{name}: is no readable picture .convert HEIC, RAW, JPEG XL or SVG"):
+        open_image(tmp_path / name)
+
+
+def test_the_thumbnail_of_a_raw_file_is_not_the_picture(tmp_path):
+    plain, thumbnail, dng = (TiffImagePlugin.ImageFileDirectory_v2() for _ in range(3))
+    thumbnail[254], dng[50706] = 1, b"\1\4\0\0"
+    for name, tags, refused in [("a.nef", plain, True), ("b.tif", thumbnail, True), ("c.tif", dng, True),
+                                ("d.tif", plain, False)]:  # fmt: skip
+        (tmp_path / name).write_bytes(saved(landmark(), "TIFF", tiffinfo=tags))
+        if refused:
+            with pytest.raises(InputError, match=f"{name}: is no readable picture"):
+                open_image(tmp_path / name)
+        else:
+            assert open_image(tmp_path / name).size == (24, 16)
+
+
 def test_the_order_depends_on_the_names_alone(tmp_path):
     names = ["2.png", "10.png", "é.png", "z.png", "나비.png"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -374,3 +406,115 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match="locked: Permission denied"):
         find_images(tmp_path)
+
+
+# --- colour profiles ---
+
+
+def icc(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr", pcs: bytes = b"XYZ ") -> bytes:
+    """An ICC profile of these tags, version 4.2."""
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(tag))
+        body += tag + bytes(-len(tag) % 4)
+    header = struct.pack(">I4xI4s4s4s", start + len(body), 0x04200000, kind, space, pcs)
+    return header + struct.pack(">6H4s28x3i48x", 2026, 1, 1, 0, 0, 0, b"acsp", *fixed(0.9642, 1, 0.8249)) + table + body
+
+
+def fixed(*values: float) -> list[int]:
+    return [round(65536 * value) for value in values]
+
+
+def xyz(*values: float) -> bytes:
+    return struct.pack(">4s4x3i", b"XYZ ", *fixed(*values))
+
+
+WHITE = {b"wtpt": xyz(0.9642, 1, 0.8249)}
+SRGB_CURVE = struct.pack(">4s4xHxx5i", b"para", 3, *fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
+LINEAR = struct.pack(">4s4xHxxi", b"para", 0, *fixed(1.0))
+DISPLAY_P3 = icc(b"RGB ", WHITE | {
+    b"rXYZ": xyz(0.51512, 0.2412, -0.00105), b"gXYZ": xyz(0.29198, 0.69225, 0.04189),
+    b"bXYZ": xyz(0.1571, 0.06657, 0.78407), b"rTRC": SRGB_CURVE, b"gTRC": SRGB_CURVE, b"bTRC": SRGB_CURVE})  # fmt: skip
+LINEAR_GRAY = icc(b"GRAY", WHITE | {b"kTRC": LINEAR})
+# A press whose black ink gives half of the lightness, and whose other inks give nothing: a table of 2^4 points.
+RAMP = bytes(range(256))
+POINTS = b"".join(bytes([127 if point & 1 else 255, 128, 128]) for point in range(16))
+PRESS = icc(b"CMYK", WHITE | {b"A2B0": struct.pack(">4s4x4B9i", b"mft1", 4, 3, 2, 0, *fixed(1, 0, 0, 0, 1, 0, 0, 0, 1))
+                              + RAMP * 4 + POINTS + RAMP * 3}, b"prtr", b"Lab ")  # fmt: skip
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def with_profile(image: Image.Image, profile: bytes, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, icc_profile=profile, **options)
+    return file.getvalue()
+
+
+def off(image: Image.Image, colour: tuple[int, int, int]) -> int:
+    """How far the first pixel is from a colour, in grey levels."""
+    return int(np.abs(np.array(image.getpixel((0, 0))) - colour).max())
+
+
+@pytest.mark.parametrize("stored, shown", [((234, 51, 35), (255, 0, 0)), ((117, 251, 76), (0, 255, 0)),
+                                           ((0, 0, 245), (0, 0, 255)), ((128, 128, 128), (128, 128, 128)),
+                                           ((200, 100, 100), (215, 93, 97)), ((0, 0, 0), (0, 0, 0))])  # fmt: skip
+def test_display_p3_becomes_srgb(stored, shown):
+    image = Image.new("RGB", (8, 8), stored)
+    assert off(open_image(with_profile(image, DISPLAY_P3)), shown) <= 3
+    assert off(open_image(with_profile(image, DISPLAY_P3, "JPEG", quality=100, subsampling=0)), shown) <= 6
+    assert "icc_profile" not in open_image(with_profile(image, DISPLAY_P3)).info
+
+
+def test_profiles_go_with_every_other_rule():
+    red = Image.new("RGB", (8, 16), (234, 51, 35))
+    turn = Image.Exif()
+    turn[274] = 6
+    turned = open_image(with_profile(red, DISPLAY_P3, "JPEG", exif=turn, quality=100))
+    assert turned.size == (16, 8) and off(turned, (255, 0, 0)) <= 4
+    assert off(open_image(with_profile(red.quantize(4), DISPLAY_P3)), (255, 0, 0)) <= 3
+    clear = red.convert("RGBA")
+    clear.putalpha(0)
+    assert off(open_image(with_profile(clear, DISPLAY_P3)), (255, 255, 255)) == 0
+    clear.putalpha(128)
+    assert off(open_image(with_profile(clear, DISPLAY_P3)), (255, 127, 127)) <= 3
+    large = with_profile(Image.new("RGB", (800, 800), (234, 51, 35)), DISPLAY_P3, "JPEG", quality=100)
+    draft = open_image(large, near_size=100)
+    assert draft.size == (100, 100) and off(draft, (255, 0, 0)) <= 4
+
+
+def test_gray_deep_and_printed_pictures_have_profiles_of_their_own():
+    linear = 255 * 0.5 ** (1 / 2.4) * 1.055 - 0.055 * 255  # sRGB's number for half of the light
+    for mode, level in (("L", 128), ("LA", (128, 255)), ("I;16", 32896)):
+        shown = open_image(with_profile(Image.new(mode, (4, 4), level), LINEAR_GRAY))
+        assert shown.mode == "RGB" and off(shown, (round(linear),) * 3) <= 2
+    for ink, gray in ((0, 255), (255, 119)):  # a lightness of 50 is sRGB's 119
+        press = open_image(with_profile(Image.new("CMYK", (8, 8), (0, 0, 0, ink)), PRESS, "TIFF"))
+        assert off(press, (gray,) * 3) <= 2
+
+
+@pytest.mark.parametrize("profile, mode", [(SRGB, "RGB"), (DISPLAY_P3[:150], "RGB"), (b"nonsense", "RGB"),
+                                           (LINEAR_GRAY, "RGB"), (DISPLAY_P3, "L"), (DISPLAY_P3, "CMYK"),
+                                           (DISPLAY_P3[:128] + bytes(264), "RGB")])  # fmt: skip
+def test_a_profile_that_is_srgb_or_does_not_fit_changes_nothing(profile, mode):
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, {"L": 1, "RGB": 3, "CMYK": 4}[mode]), np.uint8)
+    image = Image.frombytes(mode, (9, 9), noise.tobytes())
+    expected = open_image(image)
+    assert open_image(with_profile(image, profile, "TIFF")).tobytes() == expected.tobytes()
+
+
+def test_threads_share_a_conversion():
+    images = [Image.new("RGB", (300, 300), (200, 100, index)) for index in range(40)]
+    for image in images:
+        image.info["icc_profile"] = DISPLAY_P3
+    conversion_to_srgb.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        together = [image.tobytes() for image in pool.map(open_image, images)]
+    assert together == [open_image(image).tobytes() for image in images]
+
+
+def test_both_kinds_of_training_read_the_same_colours(tmp_path):
+    (tmp_path / "red.png").write_bytes(with_profile(Image.new("RGB", (32, 32), (234, 51, 35)), DISPLAY_P3))
+    (pixels,) = read_pictures(instance_source(str(tmp_path), 16), 16)
+    images = load_images("imagefolder", tmp_path, 16)[:]["images"]
+    assert np.array_equal(images[0].numpy(), pixels)
+    assert np.abs(pixels[:, 0, 0].astype(int) - (255, 0, 0)).max() <= 2

@@ -263,7 +263,8 @@ def test_what_was_downloaded_is_checked_like_a_folder(model, monkeypatch):
     monkeypatch.setattr(pretrained.DiffusionPipeline, "load_config", lambda name, revision=None: index)
     monkeypatch.setattr(pretrained.DiffusionPipeline, "download", download)
     assert find_model("somebody/sd", revision="v1") == model
-    assert asked == {"name": "somebody/sd", "revision": "v1", "variant": None, "use_safetensors": True}
+    assert asked == {"name": "somebody/sd", "revision": "v1", "variant": None, "use_safetensors": True,
+                     "safety_checker": None, "image_encoder": None}  # fmt: skip
     shutil.rmtree(model / "vae")
     assert "--pretrained_model_name_or_path somebody/sd: its vae is missing" in refusal("somebody/sd")
 
@@ -415,6 +416,15 @@ def test_a_safety_checker_is_kept_if_it_is_safe_to_read(model, tmp_path):
 
 
 @pytest.mark.parametrize("there", [True, False])
+def test_a_safety_checker_that_cannot_be_read_is_in_nobodys_way(model, there):
+    with_safety_checker(model)
+    if there:
+        (model / "safety_checker").mkdir()
+        (model / "safety_checker/pytorch_model.bin").write_bytes(b"a pickle")
+    assert load_pipeline(find_model(model)).safety_checker is None
+
+
+@pytest.mark.parametrize("there", [True, False])
 def test_a_part_that_cannot_be_copied_is_taken_off_the_index(model, tmp_path, there):
     with_safety_checker(model)
     if there:
@@ -487,3 +497,63 @@ def test_a_model_made_from_one_stored_in_half_opens_as_its_card_says(part, tmp_p
     for name in {"unet", "vae", "text_encoder"} - {part}:
         for file in (base / name).glob("*.safetensors"):
             assert (tmp_path / "new" / name / file.name).read_bytes() == file.read_bytes(), "copied, bit for bit"
+
+
+# --- names out of files ---
+
+OUTSIDE = ["..", "../secret", "a/../../secret", "/etc", "..\\secret", "C:secret", ".git", "unet/deeper", ""]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_part_that_lies_elsewhere_is_refused(model, tmp_path, name):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/key.json").write_text("{}")
+    edit(model / "model_index.json", **{name: ["diffusers", "UNet2DConditionModel"]})
+    message = refusal(model)
+    assert f"names a part {name!r}" in message
+    for follow in (load_pipeline, lambda folder: write_model(tmp_path / "deep" / "new", folder, {})):
+        with pytest.raises(InputError, match="which is no folder in the model's"):
+            follow(model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "secret"]
+
+
+def test_an_empty_entry_of_the_index_is_one_line(model, tmp_path):
+    edit(model / "model_index.json", image_encoder=[])
+    with pytest.raises(InputError, match="its parts do not fit together"):
+        load_pipeline(model)
+    write_model(tmp_path / "new", model, {})
+    assert not (tmp_path / "new" / "image_encoder").exists()
+
+
+def test_a_model_of_links_is_written_as_files(original, tmp_path):
+    """The cache of the Hub: every file of a snapshot is a link to one that lies elsewhere."""
+    for file in original.rglob("*"):
+        if file.is_file():
+            link = tmp_path / "snapshots" / file.relative_to(original)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    assert find_model(tmp_path / "snapshots") == tmp_path / "snapshots"
+    write_model(tmp_path / "new", tmp_path / "snapshots", {})
+    assert not any(path.is_symlink() for path in (tmp_path / "new").rglob("*"))
+    assert contents(tmp_path / "new/unet") == contents(original / "unet")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_several_files_are_found_and_copied(original, tmp_path, variant):
+    folder = shutil.copytree(original, tmp_path / "model", ignore=shutil.ignore_patterns("unet"))
+    unet = load_pipeline(original).unet
+    with without_warnings():
+        unet.save_pretrained(folder / "unet", max_shard_size="40KB", variant=variant)
+        for name in ("vae", "text_encoder") if variant else ():
+            getattr(load_pipeline(original), name).save_pretrained(folder / name, variant=variant)
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 1
+    write_model(tmp_path / "new", find_model(folder, variant=variant), {}, variant)
+    written = load_pipeline(find_model(tmp_path / "new")).unet.state_dict()
+    assert all(torch.equal(written[name], value) for name, value in unet.state_dict().items())
+    with without_warnings():
+        StableDiffusionPipeline.from_pretrained(tmp_path / "new")
+    (index,) = (folder / "unet").glob("*.index.*")
+    content = json.loads(index.read_text())
+    content["weight_map"]["conv_in.weight"] = "../../elsewhere.safetensors"
+    index.write_text(json.dumps(content))
+    assert "its unet is damaged" in refusal(folder, variant=variant)

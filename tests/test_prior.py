@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from diffusion_lessons.dreambooth.class_images import (
     generate_missing,
     generation_recipe,
     missing_numbers,
+    read_recipes,
     recipe_key,
 )
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
@@ -33,7 +35,7 @@ from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.engine.devices import forget_accelerator
 from diffusion_lessons.engine.precision import Phase, PrecisionPlan, generation_precision
 from diffusion_lessons.metrics import CLIPEncoder
-from diffusion_lessons.pictures import meadow
+from diffusion_lessons.pictures import meadow, sets
 from diffusion_lessons.stable_diffusion.drawing import training_scheduler
 from diffusion_lessons.stable_diffusion.folder import network_fingerprints
 
@@ -171,7 +173,7 @@ def test_the_folder_is_filled_with_different_pictures_and_their_recipe(tmp_path,
     assert [Path(name).name for name in source.names] == names and source.key == recipe_key(recipe)
     assert len(set(contents(tmp_path / "class").values())) == 5 and quick == [0, 1, 2, 3, 4]
     assert Image.open(source.open()(4)).mode == "RGB"
-    about = json.loads((tmp_path / "class" / RECIPE_FILE).read_text())
+    (about,) = read_recipes(tmp_path / "class" / RECIPE_FILE).values()
     assert about == recipe
     assert about["prompt"] == CLASS and about["solver"] == "dpmsolver++"
     assert about["weights"] == " ".join(WEIGHTS.values())
@@ -207,18 +209,80 @@ def test_only_what_is_missing_is_drawn(tmp_path, pipeline, accelerator, quick):
     assert len(after) == 6 and all(after[name] == before[name] for name in before if name not in lost)
 
 
-def test_another_prompt_or_other_weights_make_them_anew(tmp_path, pipeline, accelerator, quick, capsys):
-    own = contents(class_folder(tmp_path / "class", 1))
+def test_another_prompt_or_other_weights_have_pictures_of_their_own(tmp_path, pipeline, accelerator, quick, capsys):
+    own, folder = contents(class_folder(tmp_path / "class", 1)), tmp_path / "class"
+    of_fish = config(tmp_path, class_prompt="a photo of a fish")
+    first = ensure(config(tmp_path), pipeline, accelerator)
+    butterflies = contents(folder)
+    assert "another prompt" not in capsys.readouterr().out
+    second = ensure(of_fish, pipeline, accelerator)
+    assert f"4 class images in {folder} were made for another prompt or model: kept" in capsys.readouterr().out
+    assert set(first.names) & set(second.names) == {str(folder / name) for name in own}
+    assert Image.open(first.open()(4)).mode == "RGB", "the first run still finds what it is about to read"
+    bias = pipeline.vae.decoder.conv_out.bias
+    with torch.no_grad():
+        bias += 0.5
+        third = ensure(of_fish, pipeline, accelerator)
+        bias -= 0.5
+    assert len(set(third.names) - set(first.names) - set(second.names)) == 4
+    after = contents(folder)
+    assert len(after) == 1 + 3 * 4 and all(after[name] == butterflies[name] for name in butterflies)
+    prompts = [recipe["prompt"] for recipe in read_recipes(folder / RECIPE_FILE).values()]
+    assert prompts == [CLASS, "a photo of a fish", "a photo of a fish"]
+    quick.clear()
+    assert ensure(config(tmp_path), pipeline, accelerator).names == first.names and quick == []
+
+
+def test_a_recipe_file_of_the_earlier_format_is_read(tmp_path, pipeline, accelerator, quick):
+    (tmp_path / "class").mkdir()
+    before = generation_recipe(config(tmp_path, class_prompt="a photo of a fish"), WEIGHTS)
+    (tmp_path / "class" / RECIPE_FILE).write_text(json.dumps(before))
     ensure(config(tmp_path), pipeline, accelerator)
-    first = contents(tmp_path / "class")
-    ensure(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator)
-    second = contents(tmp_path / "class")
-    assert first.keys() & second.keys() == own.keys() and second["00.png"] == own["00.png"]
-    assert "4 class images were made for another prompt or model" in capsys.readouterr().out
-    assert json.loads((tmp_path / "class" / RECIPE_FILE).read_text())["prompt"] == "a photo of a fish"
-    ensure(config(tmp_path, class_prompt="a photo of a fish"), pipeline, accelerator, WEIGHTS | {"vae": "another"})
-    third = contents(tmp_path / "class")
-    assert second.keys() & third.keys() == own.keys() and len(third) == 5
+    recipes = read_recipes(tmp_path / "class" / RECIPE_FILE)
+    assert recipes[recipe_key(before)] == before and len(recipes) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', "\xff"])
+def test_a_damaged_recipe_file_says_nothing(tmp_path, content):
+    (tmp_path / RECIPE_FILE).write_text(content, encoding="latin-1")
+    assert read_recipes(tmp_path / RECIPE_FILE) == read_recipes(tmp_path / "none") == {}
+
+
+def test_a_folder_with_everything_in_it_needs_no_lock(tmp_path, pipeline, accelerator, quick, monkeypatch):
+    def none(*_):
+        raise PermissionError(13, "Permission denied")
+
+    class_folder(tmp_path / "class", 5)
+    before = sorted(path.name for path in (tmp_path / "class").iterdir())
+    monkeypatch.setattr(class_images, "held_lock", none)
+    source = ensure(config(tmp_path), pipeline, accelerator)
+    assert len(source.names) == 5 and sorted(path.name for path in (tmp_path / "class").iterdir()) == before
+    with pytest.raises(InputError, match="--class_data_dir .*cannot be written.*name another folder"):
+        ensure(config(tmp_path, num_class_images=6), pipeline, accelerator)
+
+
+def test_a_second_run_says_what_it_waits_for_and_gives_up_in_the_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sets, "PATIENCE", 0.05)
+    monkeypatch.setattr(sets, "LONGEST_WAIT", 0.05)
+    second = class_images.held_folder(tmp_path)
+    with class_images.held_folder(tmp_path), pytest.raises(InputError) as caught:
+        second.__enter__()
+    line, message = capsys.readouterr().out, str(caught.value)
+    assert line == f"--class_data_dir {tmp_path}: another run draws class images there; waiting for it\n"
+    assert message.startswith(f"--class_data_dir {tmp_path}: ") and "name another folder" in message
+    with class_images.held_folder(tmp_path):
+        assert capsys.readouterr().out == "", "nobody waits for a lock that was let go of"
+
+
+def test_halves_that_somebody_may_be_writing_are_left_alone(tmp_path, pipeline, accelerator, quick):
+    (tmp_path / "class").mkdir()
+    key = recipe_key(generation_recipe(config(tmp_path), WEIGHTS))
+    young, old = (tmp_path / "class" / f".generated-{key}-0000{number}.png.partial" for number in range(2))
+    for half in (young, old):
+        half.write_bytes(b"half a picture")
+    os.utime(old, (0, 0))
+    ensure(config(tmp_path), pipeline, accelerator)
+    assert list((tmp_path / "class").glob(".*.partial")) == [young] and young.read_bytes() == b"half a picture"
 
 
 def test_the_recipe_does_not_ask_where_a_model_lies_or_what_the_runs_seed_is(tmp_path, pipeline):
@@ -233,7 +297,9 @@ def test_a_generation_that_was_killed_goes_on(tmp_path, pipeline, accelerator, q
 
     def killed(pixels, path):
         if len(saved) == 3:
-            path.with_name(f".{path.name}.partial").write_bytes(b"half a picture")
+            half = path.with_name(f".{path.name}.partial")
+            half.write_bytes(b"half a picture")
+            os.utime(half, (0, 0))
             raise KeyboardInterrupt
         saved.append(path)
         save(pixels, path)
@@ -387,6 +453,12 @@ def test_without_a_class_or_a_second_picture_columns_are_left_out(tmp_path, enco
 def test_the_encoder_is_not_asked_for_the_subjects_word(prompt, rest):
     assert without_words(prompt, ["sks"]) == rest
     assert without_words(prompt, []) == prompt
+
+
+@pytest.mark.parametrize("taught, of_class, text", [(SUBJECT, CLASS, CLASS), (SUBJECT, None, CLASS),
+                                                    ("a photo of my cat", None, "a photo of my cat")])  # fmt: skip
+def test_what_the_encoder_is_asked_for_needs_no_class_prompt(tmp_path, encoder, real, taught, of_class, text):
+    assert FidelityTable(tmp_path / "t.json", encoder, real, taught, of_class).texts == [text]
 
 
 def test_the_best_is_the_highest_score_among_the_steps_that_are_left(tmp_path, encoder, real):

@@ -1,5 +1,6 @@
 """What DreamBooth learns from: pictures of any kind as squares, the identifier, the prompts, and what is remembered."""
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -252,7 +253,67 @@ def test_the_identifier_is_what_the_class_prompt_lacks():
     assert identifier_words("A photo of SKS butterfly, sks!", "a photo of a butterfly") == ["sks"]
     assert identifier_words("a photo of my blue dog", "a photo of dog") == ["my", "blue"]
     assert identifier_words(CLASS, CLASS) == []
-    assert identifier_words("sks dog", None) == ["sks", "dog"]
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [("sks dog", ["sks"]), ("a photo of sks cat", ["sks"]), ("a sks red backpack", ["sks"]),
+     ("photo of zwx_dog1", ["zwx_dog1"]), ("ein Foto von sks Hund", ["sks"]),
+     ("a photo of ohwx man in 4k", ["ohwx"]), ("a photo of my cat", []),
+     ("a photo of myuniquedog", []), ("a 4k photo of 3 dogs, 1990s, 35mm", [])],
+)  # fmt: skip
+def test_without_a_class_prompt_only_sure_words_are_identifiers(prompt, words):
+    assert identifier_words(prompt, None) == words
+
+
+class LikeCLIP:
+    """A large vocabulary, in which ordinary words are one token each and others fall into pairs of letters."""
+
+    model_max_length = 77
+    known = ("a", "an", "photo", "of", "in", "the", "my", "red", "cat", "dog", "backpack", "sks", "hund", "foto",
+             "ein", "von")  # fmt: skip
+
+    def __len__(self) -> int:
+        return 49_408
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def tokenize(self, text: str) -> list[str]:
+        pieces = []
+        for word in re.findall(r"[a-z]+|[0-9]|_", text.lower()):
+            cut = [word] if word in self.known else [word[place : place + 2] for place in range(0, len(word), 2)]
+            pieces += [*cut[:-1], f"{cut[-1]}</w>"]
+        return pieces
+
+
+@pytest.mark.parametrize(
+    "prompt, named",
+    [("a photo of sks cat", None), ("a photo of sks labradoodle", None), ("a sks red backpack", None),
+     ("ein Foto von sks Hund", None), ("a photo of my cat", None), ("a photo of labradoodle puppies", None),
+     ("photo of zwx_dog1", "'zwx_dog1' becomes 5 tokens"), ("a photo of myuniquedog", "'myuniquedog' becomes 6 tokens"),
+     ("a photo of myuniquedog dog", "'myuniquedog' becomes 6 tokens")],
+)  # fmt: skip
+def test_without_a_class_prompt_only_sure_words_are_noted(prompt, named, tokenizer):
+    notes = identifier_notes(prompt, None, LikeCLIP())
+    assert [note.startswith(named) for note in notes] == ([True] if named else [])
+    few = identifier_notes(prompt, None, tokenizer)  # the miniature's, which cuts `cat` into letters
+    assert len(few) == ("zwx_dog1" in prompt)
+
+
+def test_an_identifier_that_is_cut_off_is_named(tokenizer, pipeline, tmp_path, capsys):
+    styles = "a photo of a red butterfly on snow " * 4
+    (cut,) = identifier_notes(f"{styles} sks butterfly", CLASS, tokenizer)
+    assert cut.startswith("'sks' of the instance prompt is cut off and cannot mean the subject")
+    assert identifier_notes(f"sks {styles} butterfly", CLASS + " red on snow", tokenizer) == []
+    assert "cut off" not in "".join(identifier_notes("a zwx_dog1 butterfly", CLASS, tokenizer))
+    folder = subject_folder(tmp_path / "subject")
+    load_subject(config(folder, instance_prompt=f"{styles} sks butterfly", validation_prompt=[f"{styles} a fish"]),
+                 pipeline, [instance_source(str(folder), 32)])  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("is longer than the 32 tokens that are read; lost: " in line for line in lines) == 2
+    assert any(line.endswith("sks butterfly'") for line in lines) and any(line.endswith("a fish'") for line in lines)
+    assert any(line.startswith("note: 'sks' of the instance prompt is cut off") for line in lines)
 
 
 def test_a_good_identifier_needs_no_note(tokenizer):

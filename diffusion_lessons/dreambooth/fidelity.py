@@ -60,8 +60,8 @@ class FidelityTable:
         self.real, self.instance_prompt, self.class_prompt = encoder(real), instance_prompt, class_prompt
         self.prompts = list(prompts) or [instance_prompt]
         # A CLIP does not know the subject's word: it is asked whether the rest of the prompt is there.
-        self.texts = [without_words(prompt, identifier_words(instance_prompt, class_prompt) if class_prompt else [])
-                      for prompt in self.prompts]
+        words = identifier_words(instance_prompt, class_prompt or None)
+        self.texts = [without_words(prompt, words) for prompt in self.prompts]
         self.rows = read_rows(path)
 
     def measure(self, pipeline: StableDiffusionPipeline, step: int, **settings: Any) -> dict[str, Any]:

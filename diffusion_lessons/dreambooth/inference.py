@@ -26,7 +26,7 @@ from ..diffusion.unet import load_unconditional
 from .config import GenerationConfig, parse_generation
 from .loading import TRAINABLE_PARTS, check_new_folder, find_base, load_for_drawing
 from .loading import loading_of, run_config, save_as_model
-from .subject import identifier_words, instance_source, middle, read_pictures
+from .subject import identifier_words, instance_source, middle, read_pictures, words_of
 from ..engine.checkpoints import without_warnings
 from ..engine.commands import run_command
 from ..engine.config import InputError, require
@@ -35,6 +35,7 @@ from ..engine.tracking import say
 from ..pictures.sheets import comparison_sheet
 from ..stable_diffusion.drawing import check_drawing, draw
 from ..stable_diffusion.folder import COPY_AGAIN, read_json
+from ..stable_diffusion.prompts import context_notes
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #1acfe974
 CAPTION_WORDS = "a an the one of in on my this photo picture image painting drawing"  # they name no subject
@@ -45,9 +46,10 @@ def missing_word_notes(prompts: Sequence[str], trained: Mapping[str, Any]) -> li
     taught, of_class = trained.get("instance_prompt"), trained.get("class_prompt")
     if not taught:
         return []
-    words, notes = identifier_words(taught, of_class or CAPTION_WORDS), []
+    words, notes = identifier_words(taught, of_class or None), []
+    words = words or ([] if of_class else identifier_words(taught, CAPTION_WORDS))
     for prompt in prompts:
-        missing = [word for word in words if word not in identifier_words(prompt, None)]
+        missing = [word for word in words if word not in words_of(prompt)]
         shown = " ".join(f"`{word}`" for word in missing)
         if of_class and missing == words and words:
             notes.append(f"your prompt {prompt!r} has no {shown}: it draws the class, not the subject")
@@ -187,7 +189,8 @@ def generate(config: GenerationConfig) -> None:
     check_before_drawing(config)
     base, added = find_base(config), config.checkpoint or config.lora_weights
     pipeline = load_for_drawing(base, config, config.checkpoint, config.lora_weights)
-    for note in missing_word_notes(config.prompt or [], run_config(added or base)):
+    notes = missing_word_notes(config.prompt or [], run_config(added or base))
+    for note in [*context_notes(pipeline.tokenizer, config.prompt or []), *notes]:
         say(f"note: {note}")
     if config.prompt:
         draw_and_save(config, base, pipeline)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .checkpoints import latest_checkpoint, list_checkpoints
+from .checkpoints import is_plain_name, latest_checkpoint, list_checkpoints
 from .config import InputError
 from .tracking import say
 
@@ -54,7 +54,7 @@ def _left_by_a_run(folder: Path) -> list[str]:
         parts = []
     checkpoints = [checkpoint.path.name for checkpoint in reversed(list_checkpoints(folder))]
     abandoned = [path.name for path in folder.glob("abandoned-checkpoint-*")]
-    names = [*checkpoints, *abandoned, *(name for name in parts if name == Path(name).name), *LEFT_BY_A_RUN]
+    names = [*checkpoints, *abandoned, *filter(is_plain_name, parts), *LEFT_BY_A_RUN]
     return [name for name in names if (folder / name).exists()]
 
 
