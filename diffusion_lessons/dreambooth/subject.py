@@ -167,8 +167,8 @@ def identifier_notes(instance_prompt: str, class_prompt: str | None, tokenizer: 
     read = pieces_of(instance_prompt)[: tokenizer.model_max_length - 2]  # two places are for the marks
     lost = [word for word in words if not any(read[place:][: len(pieces_of(word))] == pieces_of(word)
                                               for place in range(len(read)))]
-    notes = [f"{', '.join(map(repr, lost))} of the instance prompt is cut off and cannot mean the subject; put it further to "
-             "the front"] if lost else []
+    notes = [f"{word!r} of the instance prompt is cut off and cannot mean the subject; put it further to the front"
+             for word in lost]
     for word in words:
         pieces = pieces_of(word)
         if len(pieces) > 1:

@@ -95,8 +95,8 @@ def conversion_to_srgb(profile: bytes, channels: str) -> ImageCms.ImageCmsTransf
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA",
            "TIFF", "WEBP")  # fmt: skip
 MAX_PIXELS = 89_478_485  # where Pillow, too, begins to suspect a decompression bomb
-# Surely pictures, and not readable here: bad, but not to be overlooked. Phones' and newer formats (AVIF and WebP are read
-# where Pillow was built with them), drawings, and what cameras call RAW.
+# Surely pictures, and not readable here: bad, but not to be overlooked. Formats of phones and newer ones (AVIF and WebP
+# are read where Pillow was built with them), drawings, and what cameras call RAW.
 UNREADABLE = {
     ".heic", ".heif", ".heics", ".heifs", ".hif", ".avif", ".avifs", ".webp", ".jxl", ".jxr", ".wdp", ".hdp", ".exr",
     ".svg", ".svgz", ".eps", ".wmf", ".emf", ".psd", ".psb", ".xcf", ".dds", ".icns", ".xpm", ".xbm", ".pcd",

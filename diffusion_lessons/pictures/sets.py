@@ -78,7 +78,8 @@ def subfolder_notes(folder: Path, paths: Sequence[Path]) -> list[str]:
     below = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
     number = sum(path.parent != folder for path in paths)
     shown = ", ".join(below[:3]) + (", …" if len(below) > 3 else "")
-    return [f"{number} of {len(paths)} pictures lie in sub-folders of {folder} ({shown}) and are used, too"] if below else []
+    said = f"{number} of {len(paths)} pictures lie in sub-folders of {folder} ({shown}) and are used, too"
+    return [said] if below else []
 
 
 def folder_source(
