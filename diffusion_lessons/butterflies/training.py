@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from ..engine.commands import launch, training_command
-from .config import PRESETS, TrainingConfig
+from .config import FRESH, PRESETS, TrainingConfig
 from ..engine.config import LaunchOptions, require
 from ..engine.devices import check_processes, enable_xformers, forget_accelerator, make_accelerator
 from ..pictures.figures import make_grid
@@ -34,7 +34,7 @@ from ..diffusion.sampling import sample_images
 from ..engine.tracking import check_tracker, say
 from ..engine.run import Run, start_run
 from ..diffusion.unet import UnconditionalPipeline, check_image_size, count_parameters
-from ..diffusion.unet import load_unconditional, make_unet, read_unconditional, same_network, unet_config_of
+from ..diffusion.unet import load_unconditional, make_unet, read_unconditional, same_network, size_of, unet_config_of
 
 # %% ../../nbs/butterflies/16_train.ipynb #c0711a80
 def grid_shape(number: int) -> tuple[int, int]:
@@ -114,13 +114,21 @@ def settle(config: TrainingConfig) -> TrainingConfig:
 
 # %% ../../nbs/butterflies/16_train.ipynb #7ac83e22
 def size_note(config: TrainingConfig) -> str | None:
-    """A note for a settled config whose pretrained pipeline draws pictures of another size, or None."""
-    path = config.pretrained_model_name_or_path
-    size = None if path is None else read_unconditional(path).size
-    if size in (None, (config.image_size, config.image_size)):
+    """A note for a settled config whose network was made for pictures of another size, or None.
+
+    Of a fresh network only where nobody chose a size: then the default may be a surprise.
+    """
+    name, side = config.pretrained_model_name_or_path, config.image_size
+    if name is not None:
+        size = read_unconditional(name).size
+    elif side == FRESH["image_size"]:
+        name = config.model_config_name_or_path
+        size = size_of(unet_config_of(name))
+    else:
         return None
-    theirs = " × ".join(map(str, dict.fromkeys(size)))
-    return f"note: {path} draws at {theirs} px; it is trained at {config.image_size} px, and draws at that from now on"
+    theirs = " × ".join(map(str, dict.fromkeys(size or ())))
+    return None if theirs in ("", str(side)) else (
+        f"note: {name} is made for pictures of {theirs} px; it is trained at {side} px, and draws at that from now on")
 
 # %% ../../nbs/butterflies/16_train.ipynb #29fc7dd7
 def train_loop(
@@ -140,6 +148,9 @@ def train_loop(
     called, so `notebook_launcher(train_loop, args, num_processes=N)` works.
     """
     config = settle(config).resolve()
+    size = size_of(model.config)
+    if size not in (None, (config.image_size, config.image_size)):
+        say(f"note: the config says {config.image_size} px; grids and pipeline are drawn at the model's {size[0]} px")
     with start_run(config, {"unet": model}, optimizer, train_dataloader, lr_scheduler,
                    num_epochs=config.num_epochs, command="train-butterflies") as run:
         for epoch in run.epochs():

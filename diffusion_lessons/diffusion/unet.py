@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNETS', 'SERVED_PIPELINES', 'count_parameters', 'Level', 'unet_levels', 'check_image_size', 'timestep_embedding',
            'check_unet', 'repository_folder', 'read_config', 'unet_config_of', 'same_network', 'make_unet',
-           'scheduler_of_training', 'UnconditionalPipeline', 'pipeline_index', 'read_unconditional', 'check_weights',
-           'load_unconditional']
+           'scheduler_of_training', 'size_of', 'UnconditionalPipeline', 'pipeline_index', 'read_unconditional',
+           'check_weights', 'load_unconditional']
 
 # %% ../../nbs/butterflies/13_unet.ipynb #eed6e9d1
 import inspect
@@ -256,6 +256,13 @@ def scheduler_of_training(config: Mapping, said: str) -> DDPMScheduler:
                          f"{', '.join(PREDICTION_TYPES)} under one of {', '.join(BETA_SCHEDULES)}")
     return DDPMScheduler(**known)
 
+# %% ../../nbs/butterflies/13_unet.ipynb #0bb6cc65
+def size_of(unet_config: Mapping) -> tuple[int, int] | None:
+    """Height and width of the pictures that a network was made for, or None where its config does not say."""
+    size = unet_config.get("sample_size")
+    size = (size, size) if isinstance(size, int) else size
+    return tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else None
+
 # %% ../../nbs/butterflies/13_unet.ipynb #2f029d3d
 SERVED_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _CONFIG_FILES = ("model_index.json", "config.json", "scheduler_config.json", "unet/config.json",
@@ -274,9 +281,7 @@ class UnconditionalPipeline(NamedTuple):
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the pictures that it was trained on, or None where its config does not say."""
-        size = self.unet_config.get("sample_size")
-        size = (size, size) if isinstance(size, int) else size
-        return tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else None
+        return size_of(self.unet_config)
 
 # %% ../../nbs/butterflies/13_unet.ipynb #7d77e450
 def pipeline_index(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
@@ -330,9 +335,11 @@ def check_weights(folder: Path, model: torch.nn.Module, said: str) -> None:
     Names are not compared: the attention of older files has others, which diffusers translates.
     """
     found = Counter()
-    fault = folder_fault(folder, _WEIGHT_FILES[0]) and folder_fault(folder, _WEIGHT_FILES[1])
+    whole, pieces = _WEIGHT_FILES[:2]
+    pattern = pieces if any(folder.glob(pieces)) else whole
+    fault = folder_fault(folder, pattern)
     if fault is None:
-        for file in (file for pattern in _WEIGHT_FILES[:2] for file in folder.glob(pattern)):
+        for file in folder.glob(pattern):
             with safe_open(file, "pt") as weights:
                 found.update(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
         if found != Counter(weight.numel() for weight in model.state_dict().values()):
@@ -351,7 +358,7 @@ def load_unconditional(
 
     Args:
         name_or_path: a folder or Hub id, as a pipeline saves itself or with all files side by side.
-        image_size: side, or height and width, of the pictures, which becomes the network's `sample_size`; by default that.
+        image_size: side, or height and width, of the pictures, the network's new `sample_size`; by default its own.
         flag, size_flag: what errors call the pipeline and the size.
         revision: of a Hub id.
 
