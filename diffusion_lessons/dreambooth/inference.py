@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..diffusion.sampling import sample_images
-from ..diffusion.unet import load_unconditional
+from ..diffusion.unet import SERVED_PIPELINES, load_unconditional, pipeline_index, read_unconditional
 from .config import GenerationConfig, parse_generation
 from .loading import TRAINABLE_PARTS, check_new_folder, find_base, load_for_drawing
 from .loading import loading_of, run_config, save_as_model
@@ -34,7 +34,6 @@ from ..engine.precision import drawing_precision
 from ..engine.tracking import say
 from ..pictures.sheets import comparison_sheet
 from ..stable_diffusion.drawing import check_drawing, draw
-from ..stable_diffusion.folder import COPY_AGAIN, read_json
 from ..stable_diffusion.prompts import context_notes
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #1acfe974
@@ -152,29 +151,34 @@ def compare(config: GenerationConfig, base: str, first: Tensor) -> None:
     say(f"the sheet is {path}")
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #3f0818a3
-def is_unconditional(name_or_path: str) -> bool:
-    """Whether a folder holds a pipeline that takes no prompt, such as the butterflies'."""
-    path = Path(name_or_path) / "model_index.json"
-    return path.is_file() and read_json(path, COPY_AGAIN).get("_class_name") == "DDPMPipeline"
+def is_unconditional(name_or_path: str, revision: str | None = None) -> bool:
+    """Whether a folder or Hub id is a pipeline that takes no prompt, such as the butterflies'."""
+    index = pipeline_index(name_or_path, revision)
+    return index.get("_class_name") in SERVED_PIPELINES or "UNet2DModel" in (index.get("unet") or [])
 
 
 def check_wordless(config: GenerationConfig) -> None:
     """Raise InputError for what has no meaning to a model that takes no prompt."""
     require(config.prompt is None, "prompt", config.prompt, "the model takes none: it is unconditional; leave it out")
-    for name in ("checkpoint", "lora_weights", "compare_to", "save_pipeline"):
+    for name in ("negative_prompt", "variant", "checkpoint", "lora_weights", "compare_to", "save_pipeline"):
         require(getattr(config, name) is None, name, getattr(config, name), "is for Stable Diffusion; leave it out")
 
 
 def generate_unconditional(config: GenerationConfig) -> None:
     """Draw from a model that takes no prompt, and save the pictures; raises InputError for whatever has no meaning."""
     check_wordless(config)
-    size = read_json(Path(config.model_path) / "unet" / "config.json", COPY_AGAIN).get("sample_size")
-    unet, scheduler = load_unconditional(config.model_path, size)
-    require(config.size in (None, size), "size", config.size, f"the model draws at {size} px; leave it out")
-    device, _ = drawing_precision(config.mixed_precision)
+    size = read_unconditional(config.model_path, "model_path", config.revision).size
+    shown = " × ".join(map(str, dict.fromkeys(size or ())))
+    require(None in (config.size, size) or size == (config.size, config.size), "size", config.size,
+            f"the model draws at {shown} px; leave it out")
+    unet, scheduler = load_unconditional(config.model_path, config.size, flag="model_path", size_flag="size",
+                                         revision=config.revision)
     steps = min(config.num_inference_steps, scheduler.config.num_train_timesteps)
-    pictures = sample_images(unet.to(device), scheduler, config.num_images, num_inference_steps=steps, seed=config.seed,
-                             batch_size=config.batch_size)
+    if steps < config.num_inference_steps:
+        say(f"note: the model knows {steps} timesteps; it draws in so many steps, not in {config.num_inference_steps}")
+    device, dtype = drawing_precision(config.mixed_precision)
+    pictures = sample_images(unet.to(device, dtype), scheduler, config.num_images, num_inference_steps=steps,
+                             seed=config.seed, batch_size=config.batch_size)
     about = [{"model": model_name(config.model_path), "num_inference_steps": steps, "seed": config.seed + number}
              for number in range(config.num_images)]
     paths = save_numbered(pictures, Path(config.output_dir), about)
@@ -183,7 +187,7 @@ def generate_unconditional(config: GenerationConfig) -> None:
 # %% ../../nbs/dreambooth/38_draw.ipynb #1caf06e6
 def generate(config: GenerationConfig) -> None:
     """Draw what the config says and save it; raises InputError for whatever cannot be used."""
-    if config.model_path is not None and is_unconditional(config.model_path):
+    if config.model_path is not None and is_unconditional(config.model_path, config.revision):
         generate_unconditional(config)
         return
     check_before_drawing(config)

@@ -222,6 +222,16 @@ class RunConfig(HubOptions, TrackingOptions, CheckpointOptions, AveragingOptions
         """The config as it was declared: the one that this one was resolved from, or itself."""
         return self.__dict__.get("_declared", self)
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The value of every field that nobody sets, by name; extended where a None stands for a usual value."""
+        return {each.name: each.default for each in fields(cls)}
+
+    @classmethod
+    def over_preset(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """A preset under what was given; overridden where something that is given takes the place of several fields."""
+        return preset | given
+
     def fill_in(self) -> None:
         """Set the fields that depend on others; called on the copy that `resolve` returns, overridden by subclasses."""
 
@@ -382,6 +392,5 @@ def parse_command_line(
     if launch.preset is not None and launch.preset not in presets:
         raise InputError(f"--preset {launch.preset}: choose one of {', '.join(presets)}")
     require(launch.num_processes >= 1, "num_processes", launch.num_processes, "must be 1 or more")
-    values = dict(presets.get(launch.preset, {}))
-    values |= read_config_file(launch.config, config_class) if launch.config else {}
-    return config_class(**(values | typed)), launch
+    given = (read_config_file(launch.config, config_class) if launch.config else {}) | typed
+    return config_class(**config_class.over_preset(presets.get(launch.preset, {}), given)), launch

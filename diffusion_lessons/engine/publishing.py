@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -47,7 +46,7 @@ def save_pipeline(pipeline: DiffusionPipeline, output_dir: str | Path) -> None:
 # %% ../../nbs/workshop/70_publishing.ipynb #286c6efb
 def changed_fields(config: RunConfig) -> dict[str, object]:
     """Return the fields that were declared otherwise than by default, without the secret ones."""
-    defaults = {each.name: each.default for each in fields(config)}
+    defaults = config.defaults()
     return {name: value for name, value in public_fields(config.declared).items() if value != defaults[name]}
 
 
