@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'PROGRESS', 'PIPELINE', 'save_generator', 'load_generator', 'load_weights', 'without_warnings',
            'folder_fault', 'load_part', 'write_json', 'usual_modes', 'Digests', 'begin_folder', 'complete_folder',
-           'take_up', 'place_folder', 'seal_folder', 'remove_folder', 'atomic_folder', 'place_parts', 'take_up_all',
-           'known_digest', 'read_digest', 'Checkpoint', 'list_checkpoints', 'latest_checkpoint', 'find_checkpoint',
-           'list_abandoned', 'prune_checkpoints', 'set_aside_later', 'compare_progress']
+           'flush_folder', 'take_up', 'place_folder', 'seal_folder', 'remove_folder', 'atomic_folder', 'place_parts',
+           'take_up_all', 'known_digest', 'read_digest', 'Checkpoint', 'list_checkpoints', 'latest_checkpoint',
+           'find_checkpoint', 'list_abandoned', 'prune_checkpoints', 'set_aside_later', 'compare_progress']
 
 # %% ../../nbs/workshop/66_checkpoints.ipynb #97ca73e1
 import hashlib
@@ -214,8 +214,15 @@ def complete_folder(partial: Path, digests: Digests | None = None) -> None:
     usual_modes(partial)
     with closing(digests or Digests(partial)) as digests:
         write_json(partial / MANIFEST, digests.entries())
-    for folder in (*(each for each in partial.rglob("*") if each.is_dir()), partial):
-        _flush(folder)
+    flush_folder(partial, files=False)
+
+
+def flush_folder(folder: Path, files: bool = True) -> None:
+    """Bring a folder onto the disk: its files, unless they are there already, and the entries of all its folders."""
+    for path in folder.rglob("*"):
+        if path.is_dir() or files:
+            _flush(path)
+    _flush(folder)
 
 # %% ../../nbs/workshop/66_checkpoints.ipynb #be94e7b4
 def take_up(path: str | Path) -> None:
