@@ -6,6 +6,7 @@ import shutil
 import stat
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from runs import words
 
 from diffusion_lessons.butterflies.config import TrainingConfig
 from diffusion_lessons.butterflies.training import main
+from diffusion_lessons.dreambooth.config import DreamBoothConfig
+from diffusion_lessons.dreambooth.fidelity import read_rows, write_rows
+from diffusion_lessons.dreambooth.training import Watch
 from diffusion_lessons.dreambooth.training import main as dreambooth
 from diffusion_lessons.engine import checkpointer, checkpoints
 from diffusion_lessons.engine import run as training
@@ -129,7 +133,7 @@ def test_only_a_folder_that_is_such_a_copy_is_removed(finished, monkeypatch):
 
 @pytest.mark.parametrize("call", range(8))
 def test_a_move_aside_that_is_killed_at_any_rename_is_undone_by_the_next_start(finished, monkeypatch, call):
-    before = {path.relative_to(finished) for path in finished.rglob("*") if ".lock" not in path.name}
+    before = {path.relative_to(finished) for path in finished.rglob("*") if path.name != ".lock"}
     made, real = [], os.rename
 
     def killed(*names) -> None:
@@ -146,7 +150,7 @@ def test_a_move_aside_that_is_killed_at_any_rename_is_undone_by_the_next_start(f
     output = OutputFolder(finished)
     output.claim(overwrite=False, resuming=True)
     output.release()
-    after = {path.relative_to(finished) for path in finished.rglob("*") if path.name not in (".lock", ".replaces.json")}
+    after = {path.relative_to(finished) for path in finished.rglob("*") if path.name != ".lock"}
     assert after == before and not finished.with_name("run.previous").exists()
 
 
@@ -371,6 +375,18 @@ def test_abandoned_checkpoints_stay_without_a_limit_and_are_the_first_to_go_with
     assert main(words(finished, **fields, checkpoints_total_limit=5)) == 0
     assert [each.step for each in list_checkpoints(finished)] == [4, 6, 8]
     assert len(list(finished.glob("abandoned-*"))) == 2
+
+
+def test_rows_of_a_branch_that_was_left_go_also_where_the_run_keeps_no_table(tmp_path):
+    rows = [{"step": step, "score": 0.5} for step in (0, 2, 4)]
+    write_rows(tmp_path / "fidelity.json", rows)
+    run = SimpleNamespace(output_dir=tmp_path, global_step=2, is_main=True, total_steps=4)
+    run.accelerator = SimpleNamespace(sync_gradients=True)
+    config = DreamBoothConfig(pretrained_model_name_or_path="miniature", instance_data_dir="x",
+                              instance_prompt="a sks fly", output_dir=str(tmp_path))  # fmt: skip
+    run.sample_due = lambda *_, **__: None
+    Watch(config, None, None)(run)
+    assert read_rows(tmp_path / "fidelity.json") == rows[:2]
 
 
 def test_the_next_branch_begins_only_where_the_left_one_is_aside(finished, monkeypatch):

@@ -89,17 +89,19 @@ def log_folder(folder: Path) -> list[str]:
 def read_copies(folder: Path) -> list[dict[str, Any]]:
     """What a run's folder says of the copies that it replaces: `folder`, `word`, `finished`, `moved`."""
     try:
-        return list(json.loads((folder / REPLACES).read_text(encoding="utf-8")))
+        copies = json.loads((folder / REPLACES).read_text(encoding="utf-8"))
+        return [copy for copy in copies if {"folder", "word", "finished", "moved"} <= set(copy)]
     except (OSError, ValueError, TypeError):
         return []
 
 
 def copied_names(folder: Path, copy: dict[str, Any]) -> tuple[Path, list[str]]:
     """Where a copy is and which names were moved there; no names unless the folder is that very copy."""
-    aside = folder.with_name(copy["folder"])
+    aside = folder.parent / Path(copy["folder"]).name
     try:
         there = json.loads((aside / COPY).read_text(encoding="utf-8"))
-        return aside, there["names"] if there["word"] == copy["word"] else []
+        names = there["names"] if there["word"] == copy["word"] else []
+        return aside, [name for name in names if name == Path(name).name and name != ".."]
     except (OSError, ValueError, KeyError, TypeError):
         return aside, []
 
@@ -136,9 +138,13 @@ def undo_move(folder: Path) -> None:
         for name in names:
             if os.path.lexists(aside / name) and not os.path.lexists(folder / name):
                 os.rename(aside / name, folder / name)
-        remove_copy(aside, [])
-    if copies:
-        write_json(folder / REPLACES, [copy for copy in copies if copy["moved"]])
+        if names:
+            remove_copy(aside, [])
+    moved = [copy for copy in copies if copy["moved"]]
+    if moved:
+        write_json(folder / REPLACES, moved)
+    else:
+        (folder / REPLACES).unlink(missing_ok=True)
 
 
 def remove_copy(aside: Path, names: Sequence[str]) -> None:
@@ -267,7 +273,8 @@ class OutputFolder:
             for copy in read_copies(self.path):
                 if copy["finished"]:
                     aside, names = copied_names(self.path.resolve(), copy)
-                    remove_copy(aside, names)
+                    if names:
+                        remove_copy(aside, names)
             (self.path / REPLACES).unlink(missing_ok=True)
         except OSError as error:
             say(f"warning: the earlier run could not be removed ({error}); nobody needs it any more")

@@ -56,7 +56,10 @@ def save_parts(output_dir: str | Path, write: Callable[[Path], None]) -> None:
 def forget_places(folder: Path) -> None:
     """Take out of the configs in a model's folder from which place on this machine each part was loaded."""
     for path in [*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")]:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):  # somebody else's file, copied as it is
+            continue
         keys = [key for key in ("_name_or_path", "name_or_path") if key in content]
         away = [key for key in keys if content[key] != shown_fields(content)[key]]
         if away:
