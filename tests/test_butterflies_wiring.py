@@ -723,7 +723,7 @@ def hub(monkeypatch) -> list:
 @covers("push_to_hub", "hub_token", "hub_model_id", "hub_private_repo")
 @pytest.mark.parametrize(
     "chosen, name, private",
-    [({}, "flies", False), ({"hub_private_repo": True, "hub_model_id": "club/moths"}, "club/moths", True)],
+    [({}, "flies", None), ({"hub_private_repo": True, "hub_model_id": "club/moths"}, "club/moths", True)],
 )
 def test_a_finished_run_is_uploaded_once_when_asked(tmp_path, hub, chosen, name, private):
     folder = tmp_path / "flies"
@@ -732,7 +732,7 @@ def test_a_finished_run_is_uploaded_once_when_asked(tmp_path, hub, chosen, name,
     assert [each[0] for each in hub] == ["token", "create", "upload"]
     assert hub[0] == ("token", TOKEN) and hub[1] == ("create", name, private, True)
     _, repository, uploaded, left_out, present = hub[2]
-    assert repository == f"somebody/{name.split('/')[-1]}" and uploaded == str(folder)
+    assert repository == f"somebody/{name.split('/')[-1]}" and Path(uploaded).name == folder.name
     assert {"checkpoint-*/**", "diary/**", "logs/**"} <= left_out
     assert {"README.md", "model_index.json", "unet", "scheduler", "samples", "training_config.json"} <= present
 

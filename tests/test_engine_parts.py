@@ -122,8 +122,9 @@ def test_all_that_a_run_leaves_goes_aside_with_it_and_nothing_else(tmp_path):
         (tmp_path / "run" / name).write_text('{"unet": ["diffusers", "UNet2DModel"]}')
     output = OutputFolder(tmp_path / "run")
     output.claim(overwrite=True, resuming=False)
-    assert {path.name for path in (tmp_path / "run.previous").iterdir()} == folders | files
-    assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {"my pictures", "mine.txt"}
+    assert {path.name for path in (tmp_path / "run.previous").iterdir()} - {".copy.json"} == folders | files
+    left = {path.name for path in (tmp_path / "run").iterdir()} - {".lock", ".replaces.json"}
+    assert left == {"my pictures", "mine.txt"}
     output.release()
 
 

@@ -188,9 +188,9 @@ def test_a_checkpoint_outside_the_output_folder_is_found_by_its_path(short_run, 
 
 def test_going_back_sets_the_later_checkpoints_aside(short_run, tmp_path):
     folder = copied(short_run, tmp_path)
-    back = dict(max_train_steps=20, checkpointing_steps=2, checkpoints_total_limit=2, learning_rate=5e-4)
+    back = dict(max_train_steps=20, checkpointing_steps=4, learning_rate=5e-4)
     assert main(words(folder, **back, resume_from_checkpoint="checkpoint-5")) == 0
-    assert [each.step for each in list_checkpoints(folder)] == [18, 20]
+    assert [each.step for each in list_checkpoints(folder)] == [5, 8, 12, 16, 20]
     aside = sorted(path.name for path in folder.glob("abandoned-*"))
     assert aside == ["abandoned-checkpoint-10", "abandoned-checkpoint-15", "abandoned-checkpoint-20"]
 
@@ -215,10 +215,9 @@ def test_a_damaged_or_foreign_checkpoint_is_named_and_nothing_is_lost(short_run,
     assert main(words(folder, max_train_steps=20, resume_from_checkpoint="checkpoint-20")) == 2
     assert "checkpoint-20" in capsys.readouterr().err
     assert len(list_checkpoints(folder)) == 4
-    if damage != "flipped":  # a flipped bit is seen when the file is read, not when checkpoints are listed
-        assert main(words(folder, max_train_steps=20, checkpointing_steps=5, resume_from_checkpoint="latest")) == 0
-        assert "skipped checkpoint-20" in capsys.readouterr().out
-        assert_same_state(folder / "checkpoint-20", short_run / "checkpoint-20")
+    assert main(words(folder, max_train_steps=20, checkpointing_steps=5, resume_from_checkpoint="latest")) == 0
+    assert "skipped checkpoint-20" in capsys.readouterr().out
+    assert_same_state(folder / "checkpoint-20", short_run / "checkpoint-20")
 
 
 def test_random_transforms_of_a_users_own_loader_are_resumed_exactly(tmp_path):

@@ -487,7 +487,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_has_its_name(tmp_path, mon
 
 
 def test_checkpoints_of_a_branch_that_was_left_count_no_more(tmp_path):
-    fields = dict(checkpointing_steps=2, checkpoints_total_limit=2)
+    fields = dict(checkpointing_steps=2)
     train(a_config(tmp_path, checkpointing_steps=2, max_train_steps=6))
     with opened(a_config(tmp_path, **fields, max_train_steps=6, resume_from_checkpoint="checkpoint-2")) as run:
         next(micro_steps(run))
@@ -891,7 +891,7 @@ def test_an_unfinished_run_is_moved_aside_and_kept(tmp_path, capsys):
     assert (folder / "notes.txt").read_text() == "mine", "what no run wrote stays"
 
 
-def test_a_finished_run_is_replaced_only_when_the_new_one_has_begun(tmp_path, monkeypatch):
+def test_a_finished_run_is_replaced_only_when_the_new_one_has_finished(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     first = train(a_config(folder, max_train_steps=2))
     weights = flat(first.models["line"].parameters())
@@ -904,11 +904,14 @@ def test_a_finished_run_is_replaced_only_when_the_new_one_has_begun(tmp_path, mo
         patch.setattr(Accelerator, "init_trackers", begins)
         train(a_config(folder, max_train_steps=3))
     assert torch.equal(saved(tmp_path / "run.previous" / "checkpoint-2" / "line"), weights)
-    shutil.rmtree(tmp_path / "run.previous")
     train(a_config(folder, max_train_steps=3))
-    assert steps_saved(folder) == [3]
-    with opened(a_config(folder, max_train_steps=4)):
-        assert not (tmp_path / "run.previous").exists() and steps_saved(folder) == []
+    assert steps_saved(folder) == [3] and [path.name for path in tmp_path.iterdir()] == ["run"]
+    with opened(a_config(folder, max_train_steps=4)) as run:
+        assert steps_saved(tmp_path / "run.previous") == [3] and steps_saved(folder) == []
+        next(micro_steps(run))
+    assert steps_saved(tmp_path / "run.previous") == [3], "left in the middle: not finished"
+    train(a_config(folder, max_train_steps=4))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_without_leave_to_overwrite_and_a_foreign_folder_are_refused(tmp_path):
@@ -1088,9 +1091,9 @@ def test_an_upload_takes_the_token_the_name_and_the_privacy_of_the_config(tmp_pa
     assert hub.created == [{"repo_id": "somebody/lines", "token": "hf_a", "private": True, "exist_ok": True}]
     (upload,) = hub.uploaded
     assert upload["repo_id"] == "somebody/lines" and upload["token"] == "hf_a"
-    assert Path(upload["folder_path"]) == tmp_path
+    assert Path(upload["folder_path"]).name == tmp_path.name, "a folder put together for the upload"
     assert push_to_hub(RunConfig(output_dir=str(tmp_path / "curves"))) == "https://huggingface.co/somebody/curves"
-    assert hub.created[1] == {"repo_id": "curves", "token": None, "private": False, "exist_ok": True}
+    assert hub.created[1] == {"repo_id": "curves", "token": None, "private": None, "exist_ok": True}
     assert hub.uploaded[1]["repo_id"] == "somebody/curves", "the name that the Hub gave it"
 
 
@@ -1115,7 +1118,8 @@ def test_an_upload_that_fails_says_how_to_do_it_later(tmp_path, hub, monkeypatch
     config = RunConfig(output_dir=str(tmp_path), hub_model_id="somebody/lines", hub_token="hf_secret")
     with pytest.raises(RunFailed, match="the upload failed: the Hub is away") as failure:
         push_to_hub(config)
-    assert f"`hf upload somebody/lines {tmp_path}`" in str(failure.value) and "hf_secret" not in str(failure.value)
+    assert f"`hf upload somebody/lines {tmp_path} --exclude 'checkpoint-*/**'" in str(failure.value)
+    assert "hf_secret" not in str(failure.value)
 
 
 def test_an_upload_without_a_login_says_how_to_log_in(tmp_path, hub, monkeypatch):

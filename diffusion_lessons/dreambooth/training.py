@@ -31,7 +31,7 @@ from .lora import AdapterFile, adapter_size, save_adapters
 from .memory import choose_models, networks_of, precision_plan
 from .class_images import check_class_folder, ensure_class_images, generation_recipe
 from .class_images import missing_numbers, recipe_key
-from .fidelity import FidelityTable, keep_advice, load_encoder, make_table
+from .fidelity import FidelityTable, forget_rows, keep_advice, load_encoder, make_table
 from .prior import prior_preservation_loss
 from .subject import SubjectData, instance_source, load_subject
 from ..pictures.sets import Source
@@ -147,6 +147,8 @@ class Watch:
         self.is_new = True
 
     def __call__(self, run: Run) -> None:
+        if self.is_new and run.is_main:  # of a branch that the run has left, also where it keeps no table itself
+            forget_rows(run.output_dir / "fidelity.json", run.global_step or -1)
         if self.is_new and self.table is not None:  # an earlier run in this folder has rows of its own, from 0 on
             self.table.forget_after(run.global_step or -1)
         self.is_new = False

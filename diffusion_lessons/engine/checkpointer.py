@@ -10,6 +10,7 @@ import platform
 import shlex
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .checkpoints import PROGRESS, Checkpoint, begin_folder, compare_progress
-from .checkpoints import find_checkpoint, latest_checkpoint
-from .checkpoints import load_generator, load_weights, prune_checkpoints
-from .checkpoints import save_generator, seal_folder, set_aside_later
+from .checkpoints import PROGRESS, Checkpoint, Digests, begin_folder, compare_progress
+from .checkpoints import complete_folder, find_checkpoint, latest_checkpoint
+from .checkpoints import load_generator, load_weights, place_folder, prune_checkpoints
+from .checkpoints import save_generator, set_aside_later
 from .checkpoints import without_warnings, write_json
 from .commands import RunFailed, one_line
 from .config import RunConfig
-from .devices import on_main
+from .devices import on_all, on_main
 from .optimization import TrainState, trained_parameters
 from .output_folder import CONFIG_NAME
 from .tracking import say
@@ -69,17 +70,21 @@ class Checkpointer:
         self.output_dir, self.state, self.generator, self.storage = output_dir, state, generator, storage
         self.accelerator = state.accelerator
         self.about = {**about, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-        self.accelerator.register_save_state_pre_hook(self._save_models)
+        self.accelerator.register_save_state_pre_hook(self._leave_models)
         self.accelerator.register_load_state_pre_hook(self._load_models)
 
-    def _save_models(self, models: list, weights: list, folder: str) -> None:
-        """Accelerate's save hook: each model, and its average, in the storage's form, not as a bare state dict."""
-        if self.accelerator.is_main_process:
-            self.storage.save(self.state.models, Path(folder))
-            if self.state.emas:
-                with self.state.averaged():
-                    self.storage.save(self.state.models, Path(folder), "_ema")
+    def _leave_models(self, models: list, weights: list, folder: str) -> None:
+        """Accelerate's save hook: it saves no model; `_save_models` does, in the storage's form."""
         weights.clear()
+
+    def _save_models(self, folder: Path, digests: Digests) -> None:
+        """Write each model, and its average; what is complete is hashed while the next is written."""
+        self.storage.save(self.state.models, folder)
+        digests.take()
+        if self.state.emas:
+            with self.state.averaged():
+                self.storage.save(self.state.models, folder, "_ema")
+            digests.take()
 
     def _load_models(self, models: list, folder: str) -> None:
         """Accelerate's load hook, the counterpart of `_save_models`."""
@@ -97,24 +102,48 @@ class Checkpointer:
     def save(self, position: Position, limit: int | None = None) -> None:
         """Write `checkpoint-STEP`, all processes together; then remove the oldest beyond `limit`.
 
-        Raises RunFailed, with the last good checkpoint whole, when it cannot be written.
+        Raises RunFailed on all of them, with the last good checkpoint whole, when one of them cannot write.
         """
         path = self.output_dir / f"checkpoint-{position.global_step}"
         partial = path.with_name(f".{path.name}.partial")
+        main = self.accelerator.is_main_process
         try:
-            on_main(self.accelerator, lambda: begin_folder(path))
-            self.accelerator.save_state(str(partial))
-            save_generator(self.generator, partial / self._generator_name)
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                write_json(partial / PROGRESS, self.progress(position))
-                seal_folder(partial, path)
-                set_aside_later(self.output_dir, position.global_step)
-                prune_checkpoints(self.output_dir, limit)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
-            shutil.rmtree(partial, ignore_errors=True)
-            raise RunFailed(f"{path.name} could not be written: {one_line(error, 200)}; free some space") from error
-        self.accelerator.wait_for_everyone()
+            on_all(self.accelerator, lambda: begin_folder(path) if main else None)
+            on_all(self.accelerator, lambda: self._write_own(partial))
+            on_all(self.accelerator, lambda: self._finish(partial, path, position) if main else None)
+        except BaseException as error:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError | RuntimeError | SafetensorError):  # a full disk has many names
+                raise RunFailed(f"{path.name} could not be written: {one_line(error, 200)}; free some space") from error
+            raise
+        if main:
+            self._prune(path, limit)
+
+    def _write_own(self, partial: Path) -> None:
+        """What each process writes: its generators; the main one also optimizer, schedule and scaler."""
+        self.accelerator.save_state(str(partial))
+        save_generator(self.generator, partial / self._generator_name)
+
+    def _finish(self, partial: Path, path: Path, position: Position) -> None:
+        """The main process's part: the models, what the checkpoint says of itself, and its name."""
+        with closing(Digests(partial)) as digests:
+            digests.take()  # the optimizer's moments are half of all bytes: hashed while the models are written
+            self._save_models(partial, digests)
+            write_json(partial / PROGRESS, self.progress(position))
+            complete_folder(partial, digests)
+        left = set_aside_later(self.output_dir, position.global_step)
+        place_folder(partial, path)
+        if left:
+            say(f"{', '.join(left)}: of a branch that this run has left; renamed to abandoned-…, and the first to go "
+                "where --checkpoints_total_limit is set")
+
+    def _prune(self, path: Path, limit: int | None) -> None:
+        """Remove what is beyond the limit; where that fails, the new checkpoint is still good, and the run goes on."""
+        try:
+            prune_checkpoints(self.output_dir, limit)
+        except OSError as error:
+            say(f"warning: {path.name} is complete, but an older one could not be removed: {one_line(error, 200)}")
 
     @property
     def _generator_name(self) -> str:
@@ -126,7 +155,8 @@ class Checkpointer:
         for note in notes:
             say(note)
         if checkpoint is None:
-            say(f"no complete checkpoint in {self.output_dir} yet: starting anew")
+            say(f"no {'sound' if notes else 'complete'} checkpoint in {self.output_dir}{'' if notes else ' yet'}: "
+                "starting anew")
         return checkpoint
 
     def restore(self, checkpoint: Checkpoint, config: RunConfig) -> Position:

@@ -6,8 +6,8 @@
 __all__ = ['LR_SCHEDULERS', 'TRACKERS', 'Config', 'HELP_WIDTH', 'HELP_INDENT', 'NO_BREAK', 'InputError', 'closest', 'option',
            'check_type', 'check_fields', 'require', 'OutputOptions', 'BatchOptions', 'LearningRateOptions',
            'OptimizerOptions', 'DeviceOptions', 'AveragingOptions', 'CheckpointOptions', 'TrackingOptions',
-           'HubOptions', 'RunConfig', 'read_config_file', 'public_fields', 'save_config', 'load_config', 'field_groups',
-           'describe_flag', 'LaunchOptions', 'CommandParser', 'given_fields', 'parse_command_line']
+           'HubOptions', 'RunConfig', 'read_config_file', 'public_fields', 'shown_fields', 'save_config', 'load_config',
+           'field_groups', 'describe_flag', 'LaunchOptions', 'CommandParser', 'given_fields', 'parse_command_line']
 
 # %% ../../nbs/workshop/60_config.ipynb #4a16123d
 import copy
@@ -18,7 +18,7 @@ import json
 import os
 import textwrap
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -172,7 +172,7 @@ class CheckpointOptions:
     """Checkpoints and resuming."""
 
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
-    checkpoints_total_limit: int | None = option(None, "keep so many checkpoints; old ones go when a new one is safe")
+    checkpoints_total_limit: int | None = option(None, "keep so many checkpoints; old ones go when a new one is safe, those of a branch that was left first")
     resume_from_checkpoint: str | None = option(None, "latest, checkpoint-N or a path: go on from there, exactly")
     force_resume: bool = option(False, "resume although model, data or seed differ (the run is then a new one)")
 
@@ -282,6 +282,14 @@ def public_fields(config: RunConfig) -> dict[str, Any]:
     Of a declared config what was declared, of a resolved one what the run goes by.
     """
     return {each.name: getattr(config, each.name) for each in fields(config) if not each.metadata["secret"]}
+
+
+def shown_fields(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields for others to see: of paths that lead somewhere on this machine only the last name."""
+    def leads_away(value: Any) -> bool:
+        return isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~") or ".." in Path(value).parts)
+
+    return {name: Path(value).name if leads_away(value) else value for name, value in content.items()}
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

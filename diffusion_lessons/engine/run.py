@@ -25,7 +25,7 @@ from .devices import agreed_signal, forget_accelerator, make_accelerator
 from .devices import on_main, out_of_memory_text, seed_all
 from .optimization import Steps, TrainState, count_steps, schedule_warning
 from .output_folder import CONFIG_NAME, OutputFolder, samples_path, set_aside_samples
-from .tracking import LossLog, ProgressMeter, log_image, say, start_tracker
+from .tracking import LossLog, ProgressMeter, end_trackers, log_image, say, start_tracker
 
 # %% ../../nbs/workshop/69_run.ipynb #c34c72d1
 class Timing:
@@ -237,11 +237,15 @@ def resume(run: Run) -> None:
     """Go on from the checkpoint that the run's config names, if any; print what changed since it was written."""
     choice = run.config.resume_from_checkpoint
     checkpoint = run.checkpointer.find(choice) if choice else None
+    if choice and checkpoint is None and run.is_main:
+        set_aside_samples(run.output_dir, step=0, epochs=0)
     if checkpoint is None:
         return
     vars(run.position).update(vars(run.checkpointer.restore(checkpoint, run.config)))
     if run.is_main:
-        set_aside_samples(run.output_dir, run.global_step)
+        progress = checkpoint.progress  # samples of an epoch are drawn at its end, after the checkpoint, or with the run's
+        over = run.position.batch >= len(run.state.dataloader) or progress["step"] >= progress["total_steps"]
+        set_aside_samples(run.output_dir, run.global_step, run.epoch + over)
         say(f"resuming {checkpoint.path.name}: {run.global_step} of {run.total_steps} steps are done")
 
 # %% ../../nbs/workshop/69_run.ipynb #313bc047
@@ -250,7 +254,6 @@ def announce(run: Run) -> None:
     if run.is_main:
         save_config(run.config, run.output_dir / CONFIG_NAME)
     start_tracker(run.accelerator, run.config, run.command.split()[-1], run.global_step)
-    run.output.drop_replaced()
     processes = f", {run.num_processes} processes" if run.num_processes > 1 else ""
     say(f"training {run.total_steps} steps on {run.device.type}{processes}, mixed precision: "
         f"{run.accelerator.mixed_precision}")
@@ -286,13 +289,15 @@ def start_run(
     """
     config = config.resolve()
     with contextlib.ExitStack() as closing:
+        output, resuming = OutputFolder(config.output_dir), config.resume_from_checkpoint is not None
+        closing.callback(output.release)  # the last thing: until they end, trackers write there
         if accelerator is None:
             accelerator = make_accelerator(config)
             closing.callback(forget_accelerator, accelerator)
+        closing.callback(end_trackers, accelerator)
         seed_all(config.seed, accelerator)
-        output, resuming = OutputFolder(config.output_dir), config.resume_from_checkpoint is not None
-        closing.callback(output.release)
         on_main(accelerator, lambda: output.claim(config.overwrite_output_dir, resuming))
+        closing.enter_context(output.pointing_back())
         try:
             run = compose_run(config, models, optimizer, dataloader, lr_scheduler, num_epochs, command,
                               storage or ModelFolders(), accelerator, output)
@@ -302,6 +307,8 @@ def start_run(
             announce(run)
             with watching_signals(run):
                 yield run
+            if run.timing.at_the_end:
+                output.drop_replaced()
         except torch.OutOfMemoryError as error:
             way_on = last_checkpoint_text(output.path, command, accelerator.num_processes)
             raise RunFailed(f"{out_of_memory_text(config)}. {way_on}") from error
