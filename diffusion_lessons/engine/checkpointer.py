@@ -86,13 +86,14 @@ class Checkpointer:
         models.clear()
         if self.state.emas and self.storage.load(self.state.models, Path(folder), "_ema"):
             for name, ema in self.state.emas.items():
-                averages = trained_parameters(self.state.models[name])
-                ema.shadow_params = [parameter.detach().clone() for parameter in averages]
+                for average, read in zip(ema.shadow_params, trained_parameters(self.state.models[name]), strict=True):
+                    average.copy_(read.detach())  # in place: two averages need not fit
         self.storage.load(self.state.models, Path(folder))
 
     def progress(self, position: Position) -> dict[str, Any]:
         """What a checkpoint at this position says of itself, in `progress.json`."""
-        return {"step": position.global_step, "epoch": position.epoch, "batch": position.batch, **self.about}
+        return {"step": position.global_step, "epoch": position.epoch, "batch": position.batch,
+                "skipped": self.state.skipped, **self.about}
 
     def save(self, position: Position, limit: int | None = None) -> None:
         """Write `checkpoint-STEP`, all processes together; then remove the oldest beyond `limit`.
@@ -143,7 +144,7 @@ class Checkpointer:
         self.accelerator.load_state(str(checkpoint.path))
         self.accelerator.scaler = scaler
         self._restore_generator(checkpoint.path / self._generator_name, progress["device"])
-        self.state.rewind(progress["step"])
+        self.state.rewind(progress["step"], progress.get("skipped", 0))
         return self._position(progress)
 
     def _restore_generator(self, path: Path, device: str) -> None:

@@ -77,7 +77,8 @@ class Run:
         self.output_dir, self.total_steps, self.steps_per_epoch = output.path, steps.total, steps.per_epoch
         self.loss_log = LossLog(self.accelerator, config.logging_steps)
         self.losses = self.loss_log.values
-        pictures = config.train_batch_size * config.gradient_accumulation_steps * self.num_processes
+        micro_steps = len(state.dataloader) / steps.per_epoch  # of a step, in the mean: an epoch's last may have fewer
+        pictures = config.train_batch_size * micro_steps * self.num_processes
         self.meter = ProgressMeter(steps.total, pictures, self.device.type, self.is_main)
 
     @property
@@ -120,7 +121,7 @@ class Run:
 
     def accumulate(self) -> contextlib.AbstractContextManager:
         """The context of one micro-step: gradients are exchanged and applied only in the last of each group."""
-        return self.state.accumulate()
+        return self.state.accumulate(len(self.state.dataloader) - self.position.batch + 1)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Go backward from a scalar loss, scaled for precision and accumulation; note the loss without reading it."""
@@ -151,8 +152,10 @@ class Run:
 
     def _log(self) -> None:
         rate = self.schedule.get_last_lr()[0]
+        scaled = self.accelerator.scaler is not None
+        numbers = {"learning_rate": rate, "epoch": self.epoch} | ({"skipped": self.state.skipped} if scaled else {})
         try:
-            loss = self.loss_log.read(self.global_step, learning_rate=rate, epoch=self.epoch)
+            loss = self.loss_log.read(self.global_step, **numbers)
         except RunFailed as error:
             raise RunFailed(f"{error}. {self.last_checkpoint_text()}") from None
         self.meter.show(loss, rate)
@@ -209,7 +212,8 @@ class Run:
 
     def speed_text(self) -> str:
         """Say how fast the run was, in a line: steps, time, pictures per second over all processes, peak memory."""
-        return self.meter.text(self.global_step)
+        skipped = self.state.skipped
+        return self.meter.text(self.global_step) + (f"; fp16 overflowed in {skipped} steps, skipped" if skipped else "")
 
 # %% ../../nbs/workshop/69_run.ipynb #9d5b4b89
 def compose_run(config: RunConfig, models: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer,

@@ -76,11 +76,11 @@ class LossLog:
 class ProgressMeter:
     """The progress bar of a run, and how fast it was.
 
-    total_steps: optimizer steps. pictures_per_step: over all processes and micro-steps. device_type: `cpu`, `cuda`, …
+    total_steps: optimizer steps. pictures_per_step: in the mean, over all processes and micro-steps. device_type: `cpu`, …
     shown: whether there is a bar.
     """
 
-    def __init__(self, total_steps: int, pictures_per_step: int, device_type: str, shown: bool = True) -> None:
+    def __init__(self, total_steps: int, pictures_per_step: float, device_type: str, shown: bool = True) -> None:
         self.total_steps, self.pictures_per_step, self.device_type = total_steps, pictures_per_step, device_type
         self._shown = shown
 
