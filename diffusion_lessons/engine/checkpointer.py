@@ -24,7 +24,7 @@ from .checkpoints import save_generator, seal_folder, set_aside_later
 from .checkpoints import without_warnings, write_json
 from .commands import RunFailed, one_line
 from .config import RunConfig
-from .devices import on_main
+from .devices import is_out_of_memory, on_main
 from .optimization import TrainState, trained_parameters
 from .output_folder import CONFIG_NAME
 from .tracking import say
@@ -69,8 +69,13 @@ class Checkpointer:
         self.output_dir, self.state, self.generator, self.storage = output_dir, state, generator, storage
         self.accelerator = state.accelerator
         self.about = {**about, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-        self.accelerator.register_save_state_pre_hook(self._save_models)
-        self.accelerator.register_load_state_pre_hook(self._load_models)
+        self._hooks = [self.accelerator.register_save_state_pre_hook(self._save_models),
+                       self.accelerator.register_load_state_pre_hook(self._load_models)]
+
+    def close(self) -> None:
+        """Take the hooks back, or the next run of the same accelerator would also save this one's models."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _save_models(self, models: list, weights: list, folder: str) -> None:
         """Accelerate's save hook: each model, and its average, in the storage's form, not as a bare state dict."""
@@ -114,6 +119,8 @@ class Checkpointer:
                 prune_checkpoints(self.output_dir, limit)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
             shutil.rmtree(partial, ignore_errors=True)
+            if is_out_of_memory(error):
+                raise
             raise RunFailed(f"{path.name} could not be written: {one_line(error, 200)}; free some space") from error
         self.accelerator.wait_for_everyone()
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE_BYTES', 'make_optimizer', 'Steps', 'count_steps', 'make_schedule', 'schedule_warning', 'trained_parameters',
-           'pieces_of', 'WeightAverage', 'make_ema', 'TrainState', 'seconds_per_micro_step', 'training_memory']
+           'pieces_of', 'WeightAverage', 'make_ema', 'TrainState', 'seconds_per_micro_step', 'training_memory',
+           'memory_text']
 
 # %% ../../nbs/workshop/64_optimization.ipynb #b44d6945
 import contextlib
@@ -112,7 +113,7 @@ def pieces_of(*lists: Sequence[torch.Tensor]) -> Iterator[list[Sequence[torch.Te
 
 # %% ../../nbs/workshop/64_optimization.ipynb #5a1c0e32
 class WeightAverage(EMAModel):
-    """diffusers' moving average of weights, which moves and is lent piece by piece: nothing of its size lies beside it."""
+    """diffusers' moving average of weights; it moves and is lent piece by piece, and needs no second copy of itself."""
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -299,6 +300,8 @@ def seconds_per_micro_step(state: TrainState, loss_of: Callable[[], torch.Tensor
     state: as a run would have it. loss_of: computes the loss of a batch, as the loop does. The first step is not
     counted: it pays for start-up.
     """
+    if state.accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what was loaded and encoded before is no micro-step
     for number in range(repeats + 1):
         with state.accumulate():
             loss = loss_of()
@@ -310,9 +313,24 @@ def seconds_per_micro_step(state: TrainState, loss_of: Callable[[], torch.Tensor
     return (time.perf_counter() - begin) / repeats
 
 # %% ../../nbs/workshop/64_optimization.ipynb #a75d7da7
-def training_memory(networks: Iterable[torch.nn.Module], device: torch.device, use_ema: bool = False) -> float:
-    """GiB that training takes with these networks: measured on a GPU, elsewhere weights, gradients and two moments."""
+def training_memory(networks: Iterable[torch.nn.Module], device: torch.device, use_ema: bool = False,
+                    use_8bit_adam: bool = False) -> float:
+    """GiB that training takes with these networks: the measured peak on a GPU, elsewhere what lasts, as counted.
+
+    Counted are weights, and of what is trained gradients, two moments and the average; no activations.
+    """
     parameters = [parameter for network in networks for parameter in network.parameters()]
-    trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
-    held = sum(parameter.nbytes for parameter in parameters) + 3 * trained + use_ema * trained
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    trained, moments = sum(each.nbytes for each in learning), 2 * sum(each.numel() for each in learning)
+    if not use_8bit_adam:
+        moments = 2 * trained
+    held = sum(parameter.nbytes for parameter in parameters) + trained + moments + use_ema * trained
     return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held) / 2**30
+
+# %% ../../nbs/workshop/64_optimization.ipynb #5a1c0e35
+def memory_text(gib: float, device: torch.device, use_ema: bool = False) -> str:
+    """Say what `training_memory` found, and what is contained in it."""
+    if device.type == "cuda":
+        return f"{gib:.3f} GiB, the measured peak of a micro-step"
+    lasting = "weights, gradients, moments and average" if use_ema else "weights, gradients and moments"
+    return f"{gib:.3f} GiB for {lasting}, without activations"

@@ -22,9 +22,10 @@ from .commands import RunFailed, StopSignals
 from .config import RunConfig, public_fields, save_config
 from .data import count_batches, fingerprint_of, held_on, mixed_seed, repeatable
 from .devices import agreed_signal, forget_accelerator, make_accelerator
-from .devices import on_main, out_of_memory_text, seed_all
+from .devices import on_main, out_of_memory_named, seed_all
 from .optimization import Steps, TrainState, count_steps, schedule_warning
 from .output_folder import CONFIG_NAME, OutputFolder, samples_path, set_aside_samples
+from .precision import Phase
 from .tracking import LossLog, ProgressMeter, log_image, say, start_tracker
 
 # %% ../../nbs/workshop/69_run.ipynb #c34c72d1
@@ -192,7 +193,8 @@ class Run:
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
         """Within the block one looks at what was learned: with averaged weights, in the run's precision."""
-        with self.state.averaged(), self.accelerator.autocast():
+        explained = out_of_memory_named(self.config, Phase.LOOK, self.last_checkpoint_text)
+        with explained, self.meter.aside(), self.state.averaged(), self.accelerator.autocast():
             yield
 
     def log_image(self, name: str, image: Image.Image) -> None:
@@ -205,6 +207,11 @@ class Run:
             self.checkpointer.save(self.position, self.config.checkpoints_total_limit)
         except RunFailed as error:
             raise RunFailed(f"{error}. {self.last_checkpoint_text()}") from error
+
+    def close(self) -> None:
+        """Leave models and accelerator as they were, for the next run."""
+        self.checkpointer.close()
+        self.state.close()
 
     def last_checkpoint_text(self) -> str:
         """Say which checkpoint is the last good one, and the command that goes on from it."""
@@ -297,15 +304,13 @@ def start_run(
         output, resuming = OutputFolder(config.output_dir), config.resume_from_checkpoint is not None
         closing.callback(output.release)
         on_main(accelerator, lambda: output.claim(config.overwrite_output_dir, resuming))
-        try:
-            run = compose_run(config, models, optimizer, dataloader, lr_scheduler, num_epochs, command,
-                              storage or ModelFolders(), accelerator, output)
-            closing.callback(run.state.close)
-            closing.enter_context(held_on(run.device, dataloader))
-            resume(run)
-            announce(run)
-            with watching_signals(run):
-                yield run
-        except torch.OutOfMemoryError as error:
-            way_on = last_checkpoint_text(output.path, command, accelerator.num_processes)
-            raise RunFailed(f"{out_of_memory_text(config)}. {way_on}") from error
+        closing.enter_context(out_of_memory_named(
+            config, Phase.TRAIN, lambda: last_checkpoint_text(output.path, command, accelerator.num_processes)))
+        run = compose_run(config, models, optimizer, dataloader, lr_scheduler, num_epochs, command,
+                          storage or ModelFolders(), accelerator, output)
+        closing.callback(run.close)
+        closing.enter_context(held_on(run.device, dataloader))
+        resume(run)
+        announce(run)
+        with watching_signals(run):
+            yield run
