@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['ImageEncoder', 'cosine_similarities', 'subject_fidelity', 'prior_preservation', 'prompt_fidelity',
-           'perceptual_distances', 'diversity', 'CLIPEncoder', 'DINOEncoder', 'lpips', 'kernel_distance']
+           'perceptual_distances', 'LayerDistance', 'diversity', 'CLIPEncoder', 'DINOEncoder', 'lpips',
+           'kernel_distance']
 
 # %% ../nbs/miniature/28_metrics.ipynb #bfaf5bbb
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +76,36 @@ def perceptual_distances(first: Sequence[Tensor], second: Sequence[Tensor]) -> T
               for a, b in zip(first, second, strict=True)]
     return torch.stack(layers).sum(dim=0)
 
+# %% ../nbs/miniature/28_metrics.ipynb #28c0de01
+@dataclass(frozen=True)
+class LayerDistance:
+    """`perceptual_distances` of two equally long batches of pictures, (P,), by the layers of one network.
+
+    layers: of pictures, uint8 (N, 3, H, W), the network's activations, layer by layer, each (N, C, h, w).
+    """
+
+    layers: Callable[[Tensor], list[Tensor]]
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        return perceptual_distances(self.layers(first), self.layers(second))
+
 # %% ../nbs/miniature/28_metrics.ipynb #4746482e
 def diversity(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor], batch_size: int = 64) -> float:
     """DIV: the mean distance over all pairs of pictures that one prompt gave; 0 when they are all the same.
 
     images: uint8 (N, 3, H, W), N of at least 2. distance: of two equally long batches of pictures, (P,); see `lpips`.
-    batch_size: pairs at a time. Source: Ruiz et al. 2023, section 4, ablation of the prior-preservation loss.
+    Where it is a `LayerDistance`, each picture is encoded once. batch_size: pictures or pairs at a time. Source: Ruiz et
+    al. 2023, section 4, ablation of the prior-preservation loss.
     """
     require(len(check_images(images)) > 1, "images", len(images), "one picture has no diversity; give 2 or more")
-    pairs = torch.triu_indices(len(images), len(images), offset=1)
-    portions = [distance(images[first], images[second]) for first, second in pairs.split(batch_size, dim=1)]
+    pairs = torch.triu_indices(len(images), len(images), offset=1).split(batch_size, dim=1)
+    if isinstance(distance, LayerDistance):
+        encoded = zip(*(distance.layers(batch) for batch in images.split(batch_size)), strict=True)
+        layers = [torch.cat(portions) for portions in encoded]
+        portions = [perceptual_distances([each[first] for each in layers], [each[second] for each in layers])
+                    for first, second in pairs]
+    else:
+        portions = [distance(images[first], images[second]) for first, second in pairs]
     return float(torch.cat(portions).mean())
 
 # %% ../nbs/miniature/28_metrics.ipynb #bf50e499
@@ -149,9 +171,10 @@ class CLIPEncoder:
         side = math.isqrt(states[0].shape[1] - 1)  # all tokens but the first are patches
         return [state[:, 1:].transpose(1, 2).unflatten(2, (side, side)).cpu() for state in states]
 
-    def distance(self, first: Tensor, second: Tensor) -> Tensor:
+    @property
+    def distance(self) -> LayerDistance:
         """Perceptual distance between two batches of pictures by this encoder's layers, (N,)."""
-        return perceptual_distances(self.layers(first), self.layers(second))
+        return LayerDistance(self.layers)
 
 # %% ../nbs/miniature/28_metrics.ipynb #dd9db64e
 class DINOEncoder:

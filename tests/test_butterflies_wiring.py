@@ -391,7 +391,7 @@ def test_a_dry_run_times_whole_steps_and_counts_those_of_each_process(tmp_path, 
                       max_train_steps=None)  # fmt: skip
     said = dry_run(config, noise_pictures(33), num_processes=2)  # five batches for each
     assert "33 pictures, 2 steps an epoch, 6 steps in 3 epochs" in said
-    assert "about 0.8 minutes (2.000 s a micro-step" in said, "24 micro-steps"
+    assert "about 0.5 minutes (2.000 s a micro-step" in said, "15 micro-steps: the second step of an epoch has one"
     assert timed == [1], "each micro-step is timed with its update"
 
 

@@ -1,6 +1,9 @@
 """The parts that a run is composed of, each alone: folder, state, checkpointer, timing, meter, precision, data."""
 
+import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +17,15 @@ from diffusion_lessons.engine.checkpointer import Checkpointer, ModelFolders, Po
 from diffusion_lessons.engine.checkpoints import Checkpoint, compare_progress, list_checkpoints
 from diffusion_lessons.engine.commands import RunFailed
 from diffusion_lessons.engine.config import InputError, RunConfig, public_fields
-from diffusion_lessons.engine.data import HeldData, count_batches, fingerprint_of, held_on, repeatable
+from diffusion_lessons.engine.data import (
+    HeldData,
+    count_batches,
+    fingerprint_of,
+    held_on,
+    mixed_seed,
+    order_seed,
+    repeatable,
+)
 from diffusion_lessons.engine.devices import (
     agreed_signal,
     forget_accelerator,
@@ -39,7 +50,7 @@ from diffusion_lessons.engine.output_folder import (
     set_aside_samples,
 )
 from diffusion_lessons.engine.precision import Phase, PrecisionPlan, drawing_precision, generation_precision
-from diffusion_lessons.engine.run import Timing
+from diffusion_lessons.engine.run import Timing, start_run
 from diffusion_lessons.engine.tracking import ProgressMeter
 from diffusion_lessons.pictures.batches import ImageSet
 
@@ -555,7 +566,7 @@ def test_the_global_generators_follow_the_seed_and_so_does_the_order_of_the_data
     accelerator = make_accelerator(a_config(tmp_path, seed=1))
     seed_all(5, accelerator)
     first = torch.rand(3)
-    assert accelerator.dataloader_config.data_seed == 5
+    assert accelerator.dataloader_config.data_seed == order_seed(5)
     seed_all(5, accelerator)
     assert torch.equal(torch.rand(3), first)
     forget_accelerator(accelerator)
@@ -568,4 +579,78 @@ def test_the_global_generators_of_two_processes_differ_and_the_order_of_their_da
         seed_all(5, process)
         drawn.append(torch.rand(1).item())
         orders.append(process.dataloader_config.data_seed)
-    assert drawn[0] != drawn[1] and orders == [5, 5]
+    assert drawn[0] != drawn[1] and orders == [order_seed(5)] * 2
+
+
+def test_dropout_does_not_repeat_the_noise_of_a_run(tmp_path):
+    accelerator = make_accelerator(a_config(tmp_path, seed=5))
+    seed_all(5, accelerator)
+    dropped, noise = torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(mixed_seed(5, 0)))
+    assert not torch.equal(dropped, noise)
+    forget_accelerator(accelerator)
+
+
+def order_of(tmp_path, seed: int, epoch: int) -> list[int]:
+    accelerator = make_accelerator(a_config(tmp_path, seed=seed))
+    loader = accelerator.prepare(DataLoader(torch.arange(32), batch_size=4, shuffle=True))
+    loader.set_epoch(epoch)
+    order = [number for batch in loader for number in batch.tolist()]
+    forget_accelerator(accelerator)
+    return order
+
+
+def test_the_next_epoch_has_not_the_order_of_the_next_seed(tmp_path):
+    assert order_of(tmp_path, 3, 1) != order_of(tmp_path, 4, 0)
+    assert order_of(tmp_path, 3, 1) == order_of(tmp_path, 3, 1) != order_of(tmp_path, 3, 0)
+
+
+def test_a_run_takes_its_hooks_back(tmp_path):
+    accelerator = make_accelerator(a_config(tmp_path))
+    for name in ("first", "second"):
+        line, config = Line(), a_config(tmp_path / name, max_train_steps=1, train_batch_size=2)
+        optimizer = torch.optim.SGD(line.parameters(), lr=0.1)
+        with start_run(config, {"line": line}, optimizer, DataLoader(TensorDataset(torch.ones(4, 2)), 2),
+                       accelerator=accelerator) as run:  # fmt: skip
+            assert len(accelerator._save_model_state_pre_hook) == len(accelerator._load_model_state_pre_hook) == 1
+            run.save_checkpoint()
+    assert not accelerator._save_model_state_pre_hook and not accelerator._load_model_state_pre_hook
+    forget_accelerator(accelerator)
+
+
+PATIENT = """
+import json, sys
+from datetime import timedelta
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from diffusion_lessons.engine.commands import launch
+from diffusion_lessons.engine.config import RunConfig
+from diffusion_lessons.engine.devices import forget_accelerator, make_accelerator
+
+def timeout():
+    group = torch.distributed.distributed_c10d._get_default_group()
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+def wait(folder, early):
+    if early:
+        PartialState(cpu=True)
+        before = timeout()
+    accelerator = make_accelerator(RunConfig(output_dir=folder, report_to="none"))
+    note = {"processes": accelerator.num_processes, "timeout": timeout(), "before": before if early else None}
+    Path(folder, f"{early}-{accelerator.process_index}.json").write_text(json.dumps(note))
+
+for early in (False, True):
+    launch(wait, (sys.argv[1], early), num_processes=2)
+"""
+
+
+def test_processes_wait_a_day_for_each_other_whoever_formed_the_group(tmp_path):
+    (tmp_path / "patient.py").write_text(PATIENT)
+    done = subprocess.run([sys.executable, str(tmp_path / "patient.py"), str(tmp_path)], capture_output=True, text=True,
+                          timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for early in (False, True):
+        for rank in range(2):
+            note = json.loads((tmp_path / f"{early}-{rank}.json").read_text())
+            assert note["processes"] == 2 and note["timeout"] == 24 * 3600
+            assert note["before"] == (1800 if early else None)

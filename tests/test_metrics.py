@@ -188,6 +188,19 @@ def test_distance_by_layers_is_a_distance(clip, exam):
     assert clip.distance(one, two).min() > 0.05
 
 
+@pytest.mark.parametrize("portion", [3, 64])
+def test_diversity_encodes_each_picture_once(portion, clip, exam):
+    pictures, encoded = exam[:8]["images"], []
+    note = clip.model.vision_model.register_forward_hook(lambda module, inputs, output: encoded.append(output))
+    try:
+        found = diversity(pictures, clip.distance, portion)
+    finally:
+        note.remove()
+    assert sum(len(each.pooler_output) for each in encoded) == 8, "28 pairs of 8 pictures"
+    by_pairs = diversity(pictures, lambda first, second: clip.distance(first, second))
+    assert found == pytest.approx(by_pairs, rel=1e-5) and found > 0.05
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A CLIP with random weights in the format of `openai/clip-vit-base-patch32`, for pictures of 32 px."""

@@ -27,8 +27,9 @@ from ..pictures.figures import make_grid
 from ..pictures.sets import ImageSet, load_images, make_dataloader, random_flip, to_model_range
 from ..diffusion.noise import denoising_loss, make_noise_scheduler, noise_batch
 from ..engine.optimization import TrainState, count_steps, make_optimizer
-from ..engine.optimization import seconds_per_micro_step, training_memory
+from ..engine.optimization import memory_text, seconds_per_micro_step, training_memory
 from ..engine.output_folder import check_output_dir, newest_samples
+from ..engine.precision import default_device
 from ..engine.publishing import check_login, push_to_hub, save_pipeline, write_model_card
 from ..diffusion.sampling import sample_images
 from ..engine.tracking import check_tracker, say
@@ -252,7 +253,7 @@ def measure_micro_step(config: TrainingConfig, images: ImageSet, repeats: int = 
             return micro_step(state.prepared["unet"], batch, noise_scheduler, config, generator)
 
         seconds = seconds_per_micro_step(state, loss_of, repeats)
-        memory = training_memory([model], accelerator.device, config.use_ema)
+        memory = training_memory([model], accelerator.device, config.use_ema, config.use_8bit_adam)
     finally:
         forget_accelerator(accelerator)
     return seconds, memory, count_parameters(model)
@@ -264,9 +265,9 @@ def dry_run(config: TrainingConfig, images: ImageSet, num_processes: int = 1) ->
     batches = math.ceil(len(images) / (config.train_batch_size * num_processes))
     per_epoch, total, epochs = count_steps(batches, config.gradient_accumulation_steps, config.num_epochs,
                                            config.max_train_steps)
-    minutes = total * config.gradient_accumulation_steps * seconds / 60
+    minutes = total * batches / per_epoch * seconds / 60  # an epoch's last group may have fewer micro-steps
     return (f"dry run: {len(images)} pictures, {per_epoch} steps an epoch, {total} steps in {epochs} epochs\n"
-            f"memory: {memory:.3f} GiB for {parameters:,} parameters with gradients, optimizer and average\n"
+            f"memory: {memory_text(memory, default_device(), config.use_ema)}; {parameters:,} parameters\n"
             f"time: about {minutes:.1f} minutes ({seconds:.3f} s a micro-step, measured), sample grids aside")
 
 # %% ../../nbs/butterflies/16_train.ipynb #565feadb

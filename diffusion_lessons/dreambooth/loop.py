@@ -81,7 +81,7 @@ def look_at_prompts(run: Run, config: DreamBoothConfig, pipeline: StableDiffusio
     path = run.sample_due(every, at_the_end=True) if config.validation_prompt else None
     if path is None:
         return
-    with run.averaged_weights(), ready_to_draw(pipeline, plan, Phase.LOOK) as drawing:
+    with run.looking(autocast=False), ready_to_draw(pipeline, plan, Phase.LOOK) as drawing:
         grid = validation_grid(drawing, config.validation_prompt, config.num_validation_images, config.seed,
                                config.resolution, batch_size=config.sample_batch_size, device=plan.device)
     grid.save(path)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODE_FACTOR', 'RESAMPLING', 'RARE_WORDS', 'ORDINARY_TOKENS', 'instance_source', 'fit_shorter_side', 'read_pictures',
-           'middle', 'CroppedPairs', 'encoded_pairs', 'words_of', 'identifier_words', 'single_tokens',
+           'middle', 'CroppedPairs', 'EncodedPairs', 'encoded_pairs', 'words_of', 'identifier_words', 'single_tokens',
            'identifier_notes', 'Prompts', 'SubjectData', 'pictures_fingerprint', 'note_crops', 'load_subject']
 
 # %% ../../nbs/dreambooth/30_subject.ipynb #f1fd86cf
@@ -105,14 +105,30 @@ class CroppedPairs(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return tuple(self.crop(torch.from_numpy(group[index % len(group)])) for group in self.groups)
 
+# %% ../../nbs/dreambooth/30_subject.ipynb #30c0de01
+class EncodedPairs(TensorDataset):
+    """Pairs as moments, held in memory; small enough to lie on the device while a run lasts, as `HeldData` do."""
+
+    fingerprint = ""  # of pictures and frozen weights, told by whoever encodes them
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held."""
+        return sum(each.nbytes for each in self.tensors)
+
+    def to(self, device: torch.device | str) -> "EncodedPairs":
+        """Move the moments to a device, in place; batches are then cut there."""
+        self.tensors = tuple(each.to(device) for each in self.tensors)
+        return self
+
 # %% ../../nbs/dreambooth/30_subject.ipynb #b4bd1073
 def encoded_pairs(vae: AutoencoderKL, groups: Sequence[Sequence[np.ndarray]], size: int, at_least: int = 1
-                  ) -> TensorDataset:
+                  ) -> EncodedPairs:
     """The same pairs, the middle of every picture encoded once: float16 moments (2 · channels, h, w)."""
     moments = [torch.cat([encode_moments(vae, middle(group[first : first + 8], size)) for first in
                           range(0, len(group), 8)]) for group in groups]
     length = max(at_least, *map(len, moments))
-    return TensorDataset(*(each[torch.arange(length) % len(each)] for each in moments))
+    return EncodedPairs(*(each[torch.arange(length) % len(each)] for each in moments))
 
 # %% ../../nbs/dreambooth/30_subject.ipynb #2e97e8ea
 # One token each in CLIP's vocabulary, all among its last 1600 of 49,408, where the rarest stand.

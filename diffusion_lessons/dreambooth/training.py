@@ -21,10 +21,10 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch.utils.data import DataLoader
 
 from ..engine.checkpoints import find_checkpoint, list_checkpoints
-from ..engine.commands import RunFailed, launch, training_command
+from ..engine.commands import launch, training_command
 from ..engine.config import InputError, LaunchOptions
 from ..engine.devices import check_processes, enable_xformers, forget_accelerator
-from ..engine.devices import make_accelerator, on_main
+from ..engine.devices import make_accelerator, on_main, out_of_memory_named
 from .config import DREAMBOOTH_PRESETS, DreamBoothConfig
 from .loop import Loss, dreambooth_loop, look_at_prompts, micro_step
 from .lora import AdapterFile, adapter_size, save_adapters
@@ -38,9 +38,9 @@ from ..pictures.sets import Source
 from ..metrics import CLIPEncoder
 from ..diffusion.noise import denoising_loss
 from ..engine.optimization import TrainState, count_steps, make_optimizer
-from ..engine.optimization import seconds_per_micro_step, trained_parameters, training_memory
+from ..engine.optimization import memory_text, seconds_per_micro_step, trained_parameters, training_memory
 from ..engine.output_folder import check_output_dir, newest_samples
-from ..engine.precision import Phase, PrecisionPlan
+from ..engine.precision import Phase, PrecisionPlan, default_device
 from ..stable_diffusion.folder import COPY_AGAIN, NETWORKS, find_model, load_pipeline
 from ..stable_diffusion.folder import network_fingerprints, read_json
 from ..stable_diffusion.prompts import find_tokenizer
@@ -158,7 +158,7 @@ class Watch:
         whole = run.accelerator.sync_gradients or step == 0
         if self.table is None or not (run.is_main and due and whole) or self.table.has(step):
             return
-        with run.averaged_weights(), ready_to_draw(self.pipeline, self.plan, Phase.LOOK) as drawing:
+        with run.looking(autocast=False), ready_to_draw(self.pipeline, self.plan, Phase.LOOK) as drawing:
             row = self.table.measure(drawing, step, size=self.config.resolution, device=self.plan.device,
                                      batch_size=self.config.sample_batch_size)
         self.table.add(row)
@@ -272,7 +272,8 @@ def gather(config: DreamBoothConfig, accelerator: Accelerator) -> Ingredients:
     encoders: list[CLIPEncoder | None] = [None]  # on the main process; what it cannot load ends all of them
     width = read_json(folder / "text_encoder" / "config.json", COPY_AGAIN).get("hidden_size")
     on_main(accelerator, lambda: encoders.append(load_encoder(config, width)))
-    sources = find_sources(config, fingerprints, accelerator, plan)
+    with out_of_memory_named(config, Phase.CLASS_IMAGES):
+        sources = find_sources(config, fingerprints, accelerator, plan)
     pipeline, noise_scheduler = load_for_training(config, plan)
     plan.place(Phase.ENCODE, networks_of(pipeline))
     data = load_subject(config, pipeline, sources, fingerprints)
@@ -291,7 +292,8 @@ def train(config: DreamBoothConfig) -> list[float]:
     accelerator = make_accelerator(config)
     try:
         config = settle_seed(config, accelerator)
-        pipeline, noise_scheduler, data, models, watch = gather(config, accelerator)
+        with out_of_memory_named(config, Phase.ENCODE):  # within the run it is caught there
+            pipeline, noise_scheduler, data, models, watch = gather(config, accelerator)
         parameters = [parameter for model in models.values() for parameter in trained_parameters(model)]
         loader = DataLoader(data.dataset, config.train_batch_size, shuffle=True,
                             num_workers=config.dataloader_num_workers)
@@ -301,9 +303,6 @@ def train(config: DreamBoothConfig) -> list[float]:
             dreambooth_loop(run, config, data, noise_scheduler, choose_loss(config), watch)
             finish(run, config, pipeline, watch)
         return run.losses
-    except torch.OutOfMemoryError as error:  # within the run it is caught there
-        raise RunFailed("out of memory before the training began; lower --sample_batch_size where class images are "
-                        "drawn, or --resolution") from error
     finally:
         forget_accelerator(accelerator)
 
@@ -339,7 +338,8 @@ def measure_run(config: DreamBoothConfig, repeats: int = 5) -> Measured:
         batch, loss = next(iter(DataLoader(data.dataset, config.train_batch_size))), choose_loss(config)
         seconds = seconds_per_micro_step(
             state, lambda: micro_step(state.prepared, batch, data, noise_scheduler, config, generator, loss), repeats)
-        memory = training_memory(networks_of(pipeline).values(), accelerator.device, config.use_ema)
+        memory = training_memory(networks_of(pipeline).values(), accelerator.device, config.use_ema,
+                                 config.use_8bit_adam)
         return Measured(seconds, memory, adapter_size(models), len(source.names), missing)
     finally:
         forget_accelerator(accelerator)
@@ -350,13 +350,14 @@ def dry_run(config: DreamBoothConfig, num_processes: int = 1) -> str:
     config = config.resolve()
     seconds, memory, size, pictures, missing = measure_run(config)
     pairs = max(pictures, config.num_class_images if config.with_prior_preservation else 0, config.train_batch_size)
-    per_epoch, total, epochs = count_steps(-(-pairs // (config.train_batch_size * num_processes)),
-                                           config.gradient_accumulation_steps, config.num_train_epochs,
+    batches = -(-pairs // (config.train_batch_size * num_processes))
+    per_epoch, total, epochs = count_steps(batches, config.gradient_accumulation_steps, config.num_train_epochs,
                                            config.max_train_steps)
-    minutes = total * config.gradient_accumulation_steps * seconds / 60
+    minutes = total * batches / per_epoch * seconds / 60  # an epoch's last group may have fewer micro-steps
     return (f"dry run: {pictures} pictures of the subject, {missing} class images to generate, "
             f"{per_epoch} steps an epoch, {total} steps in {epochs} epochs\n"
-            f"memory: {memory:.3f} GiB without activations, {size['trained']:,} of {size['of']:,} numbers are trained\n"
+            f"memory: {memory_text(memory, default_device(), config.use_ema)}; "
+            f"{size['trained']:,} of {size['of']:,} numbers are trained\n"
             f"time: about {minutes:.1f} minutes ({seconds:.3f} s a micro-step, measured), class images and validation "
             "aside")
 

@@ -25,7 +25,7 @@ from .checkpoints import save_generator, set_aside_later
 from .checkpoints import without_warnings, write_json
 from .commands import RunFailed, one_line
 from .config import RunConfig
-from .devices import on_all, on_main
+from .devices import is_out_of_memory, on_all, on_main
 from .optimization import TrainState, trained_parameters
 from .output_folder import CONFIG_NAME
 from .tracking import say
@@ -70,8 +70,13 @@ class Checkpointer:
         self.output_dir, self.state, self.generator, self.storage = output_dir, state, generator, storage
         self.accelerator = state.accelerator
         self.about = {**about, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-        self.accelerator.register_save_state_pre_hook(self._leave_models)
-        self.accelerator.register_load_state_pre_hook(self._load_models)
+        self._hooks = [self.accelerator.register_save_state_pre_hook(self._leave_models),
+                       self.accelerator.register_load_state_pre_hook(self._load_models)]
+
+    def close(self) -> None:
+        """Take the hooks back, or the next run of the same accelerator would also save this one's models."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _leave_models(self, models: list, weights: list, folder: str) -> None:
         """Accelerate's save hook: it saves no model; `_save_models` does, in the storage's form."""
@@ -91,13 +96,14 @@ class Checkpointer:
         models.clear()
         if self.state.emas and self.storage.load(self.state.models, Path(folder), "_ema"):
             for name, ema in self.state.emas.items():
-                averages = trained_parameters(self.state.models[name])
-                ema.shadow_params = [parameter.detach().clone() for parameter in averages]
+                for average, read in zip(ema.shadow_params, trained_parameters(self.state.models[name]), strict=True):
+                    average.copy_(read.detach())  # in place: two averages need not fit
         self.storage.load(self.state.models, Path(folder))
 
     def progress(self, position: Position) -> dict[str, Any]:
         """What a checkpoint at this position says of itself, in `progress.json`."""
-        return {"step": position.global_step, "epoch": position.epoch, "batch": position.batch, **self.about}
+        return {"step": position.global_step, "epoch": position.epoch, "batch": position.batch,
+                "skipped": self.state.skipped, **self.about}
 
     def save(self, position: Position, limit: int | None = None) -> None:
         """Write `checkpoint-STEP`, all processes together; then remove the oldest beyond `limit`.
@@ -114,7 +120,7 @@ class Checkpointer:
         except BaseException as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError | RuntimeError | SafetensorError):  # a full disk has many names
+            if isinstance(error, OSError | RuntimeError | SafetensorError) and not is_out_of_memory(error):
                 raise RunFailed(f"{path.name} could not be written: {one_line(error, 200)}; free some space") from error
             raise
         if main:
@@ -173,7 +179,7 @@ class Checkpointer:
         self.accelerator.load_state(str(checkpoint.path))
         self.accelerator.scaler = scaler
         self._restore_generator(checkpoint.path / self._generator_name, progress["device"])
-        self.state.rewind(progress["step"])
+        self.state.rewind(progress["step"], progress.get("skipped", 0))
         return self._position(progress)
 
     def _restore_generator(self, path: Path, device: str) -> None:

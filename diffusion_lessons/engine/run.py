@@ -22,9 +22,10 @@ from .commands import RunFailed, StopSignals
 from .config import RunConfig, public_fields, save_config
 from .data import count_batches, fingerprint_of, held_on, mixed_seed, repeatable
 from .devices import agreed_signal, forget_accelerator, make_accelerator
-from .devices import on_main, out_of_memory_text, seed_all
+from .devices import on_main, out_of_memory_named, seed_all
 from .optimization import Steps, TrainState, count_steps, schedule_warning
 from .output_folder import CONFIG_NAME, OutputFolder, samples_path, set_aside_samples
+from .precision import Phase
 from .tracking import LossLog, ProgressMeter, end_trackers, log_image, say, start_tracker
 
 # %% ../../nbs/workshop/69_run.ipynb #c34c72d1
@@ -77,7 +78,8 @@ class Run:
         self.output_dir, self.total_steps, self.steps_per_epoch = output.path, steps.total, steps.per_epoch
         self.loss_log = LossLog(self.accelerator, config.logging_steps)
         self.losses = self.loss_log.values
-        pictures = config.train_batch_size * config.gradient_accumulation_steps * self.num_processes
+        micro_steps = len(state.dataloader) / steps.per_epoch  # of a step, in the mean: an epoch's last may have fewer
+        pictures = config.train_batch_size * micro_steps * self.num_processes
         self.meter = ProgressMeter(steps.total, pictures, self.device.type, self.is_main)
 
     @property
@@ -120,7 +122,7 @@ class Run:
 
     def accumulate(self) -> contextlib.AbstractContextManager:
         """The context of one micro-step: gradients are exchanged and applied only in the last of each group."""
-        return self.state.accumulate()
+        return self.state.accumulate(len(self.state.dataloader) - self.position.batch + 1)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Go backward from a scalar loss, scaled for precision and accumulation; note the loss without reading it."""
@@ -151,8 +153,10 @@ class Run:
 
     def _log(self) -> None:
         rate = self.schedule.get_last_lr()[0]
+        scaled = self.accelerator.scaler is not None
+        numbers = {"learning_rate": rate, "epoch": self.epoch} | ({"skipped": self.state.skipped} if scaled else {})
         try:
-            loss = self.loss_log.read(self.global_step, learning_rate=rate, epoch=self.epoch)
+            loss = self.loss_log.read(self.global_step, **numbers)
         except RunFailed as error:
             raise RunFailed(f"{error}. {self.last_checkpoint_text()}") from None
         self.meter.show(loss, rate)
@@ -187,9 +191,14 @@ class Run:
         return self.state.averaged()
 
     @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
-        """Within the block one looks at what was learned: with averaged weights, in the run's precision."""
-        with self.state.averaged(), self.accelerator.autocast():
+    def looking(self, autocast: bool = True) -> Iterator[None]:
+        """Within the block one looks at what was learned: with averaged weights.
+
+        autocast: in the run's precision, whatever the format of the weights; without, the block decides.
+        """
+        explained = out_of_memory_named(self.config, Phase.LOOK, self.last_checkpoint_text)
+        context = self.accelerator.autocast() if autocast else contextlib.nullcontext()
+        with explained, self.meter.aside(), self.state.averaged(), context:
             yield
 
     def log_image(self, name: str, image: Image.Image) -> None:
@@ -203,13 +212,19 @@ class Run:
         except RunFailed as error:
             raise RunFailed(f"{error}. {self.last_checkpoint_text()}") from error
 
+    def close(self) -> None:
+        """Leave models and accelerator as they were, for the next run."""
+        self.checkpointer.close()
+        self.state.close()
+
     def last_checkpoint_text(self) -> str:
         """Say which checkpoint is the last good one, and the command that goes on from it."""
         return last_checkpoint_text(self.output_dir, self.command, self.num_processes)
 
     def speed_text(self) -> str:
         """Say how fast the run was, in a line: steps, time, pictures per second over all processes, peak memory."""
-        return self.meter.text(self.global_step)
+        skipped = self.state.skipped
+        return self.meter.text(self.global_step) + (f"; fp16 overflowed in {skipped} steps, skipped" if skipped else "")
 
 # %% ../../nbs/workshop/69_run.ipynb #9d5b4b89
 def compose_run(config: RunConfig, models: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer,
@@ -298,17 +313,15 @@ def start_run(
         seed_all(config.seed, accelerator)
         on_main(accelerator, lambda: output.claim(config.overwrite_output_dir, resuming))
         closing.enter_context(output.pointing_back())
-        try:
-            run = compose_run(config, models, optimizer, dataloader, lr_scheduler, num_epochs, command,
-                              storage or ModelFolders(), accelerator, output)
-            closing.callback(run.state.close)
-            closing.enter_context(held_on(run.device, dataloader))
-            resume(run)
-            announce(run)
-            with watching_signals(run):
-                yield run
-            if run.timing.at_the_end:
-                output.drop_replaced()
-        except torch.OutOfMemoryError as error:
-            way_on = last_checkpoint_text(output.path, command, accelerator.num_processes)
-            raise RunFailed(f"{out_of_memory_text(config)}. {way_on}") from error
+        closing.enter_context(out_of_memory_named(
+            config, Phase.TRAIN, lambda: last_checkpoint_text(output.path, command, accelerator.num_processes)))
+        run = compose_run(config, models, optimizer, dataloader, lr_scheduler, num_epochs, command,
+                          storage or ModelFolders(), accelerator, output)
+        closing.callback(run.close)
+        closing.enter_context(held_on(run.device, dataloader))
+        resume(run)
+        announce(run)
+        with watching_signals(run):
+            yield run
+        if run.timing.at_the_end:
+            output.drop_replaced()

@@ -76,21 +76,34 @@ class LossLog:
 class ProgressMeter:
     """The progress bar of a run, and how fast it was.
 
-    total_steps: optimizer steps. pictures_per_step: over all processes and micro-steps. device_type: `cpu`, `cuda`, …
+    total_steps: optimizer steps. pictures_per_step: over all processes and micro-steps, in the mean. device_type: `cpu`…
     shown: whether there is a bar.
     """
 
-    def __init__(self, total_steps: int, pictures_per_step: int, device_type: str, shown: bool = True) -> None:
+    def __init__(self, total_steps: int, pictures_per_step: float, device_type: str, shown: bool = True) -> None:
         self.total_steps, self.pictures_per_step, self.device_type = total_steps, pictures_per_step, device_type
-        self._shown = shown
+        self._shown, self._peak = shown, 0  # bytes, of the training before something else was done
 
     @contextmanager
     def running(self, step: int) -> Iterator[None]:
         """Within the block the clock runs and the bar stands below the output; step: optimizer steps done before."""
-        self._first_step, self._start = step, time.perf_counter()
+        self._first_step, self._start, self._peak = step, time.perf_counter(), 0
+        if self.device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # loading and encoding are no training
         with tqdm(total=self.total_steps, initial=step, unit="step", mininterval=1, disable=not self._shown) as bar:
             self._bar = bar
             yield
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the block something else is done than training, and its peak of memory is not counted."""
+        if self.device_type == "cuda":
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated())
+        try:
+            yield
+        finally:
+            if self.device_type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
 
     def step_done(self) -> None:
         """Move the bar by an optimizer step."""
@@ -109,7 +122,8 @@ class ProgressMeter:
         said = (f"{steps} steps in {seconds:.0f} s, {steps * self.pictures_per_step / seconds:.1f} images/s on "
                 f"{self.device_type}")
         if self.device_type == "cuda":
-            said += f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+            peak = max(self._peak, torch.cuda.max_memory_allocated())
+            said += f", peak memory of training {peak / 2**30:.1f} GiB"
         return said
 
 # %% ../../nbs/workshop/65_tracking.ipynb #57cd7523
