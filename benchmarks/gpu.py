@@ -46,8 +46,8 @@ class Sizes:
 
     precisions: tuple[str, ...] = ("fp16", "bf16")  # of the miniature's runs
     pixels: int = 64
-    steps: int = 120
-    checkpoint: int = 40
+    steps: int = 90
+    checkpoint: int = 30
     killed: int = 4  # how many of those runs are killed and resumed as well
     resolution: int = 512  # of Stable Diffusion's shape
     repeats: int = 5
@@ -295,11 +295,13 @@ finally:
 
 def reference_words(bench: Bench, mode: str, recompute: bool) -> list[str | Path]:
     """A short training by a reference script, with the settings of piece b."""
+    from materials import in_32_bits
+
     script = bench.scripts / ("train_dreambooth_lora.py" if mode == "LoRA" else "train_dreambooth.py")
-    fields = dict(pretrained_model_name_or_path=bench.model, instance_data_dir=bench.subject, instance_prompt=SUBJECT,
-                  resolution=bench.sizes.resolution, train_batch_size=1, max_train_steps=bench.sizes.reference_steps,
-                  mixed_precision=bench.sizes.half, checkpointing_steps=100_000, seed=0,
-                  output_dir=bench.folder / "reference")  # fmt: skip
+    fields = dict(pretrained_model_name_or_path=in_32_bits(bench.model), instance_data_dir=bench.subject,
+                  instance_prompt=SUBJECT, resolution=bench.sizes.resolution, train_batch_size=1, seed=0,
+                  max_train_steps=bench.sizes.reference_steps, mixed_precision=bench.sizes.half,
+                  checkpointing_steps=100_000, output_dir=bench.folder / "reference")  # fmt: skip
     words = [str(word) for name, value in fields.items() for word in (f"--{name}", value)]
     flags = [*(["--gradient_checkpointing"] if recompute else []),
              *(["--train_text_encoder"] if mode == "text encoder" else [])]  # fmt: skip
@@ -369,7 +371,9 @@ def class_images(bench: Bench) -> None:
     sizes, rows = bench.sizes, []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[sizes.half]
-    pipeline = load_pipeline(bench.model).to(device, dtype)
+    pipeline = load_pipeline(bench.model)
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        torch.nn.Module.to(network, device, dtype)  # that of diffusers warns of every change of format
     for batch in sizes.batches:
         settings = dict(num_inference_steps=sizes.solver_steps, guidance_scale=7.5, size=sizes.resolution,
                         batch_size=batch)  # fmt: skip
@@ -396,7 +400,7 @@ class Piece:
 
 
 PIECES = {
-    "a": Piece("a: the miniature's DreamBooth, killed and resumed", correct, 120),
+    "a": Piece("a: the miniature's DreamBooth, killed and resumed", correct, 150),
     "b": Piece("b: Stable Diffusion 1.4's shape, batch 1", shape, 130),
     "c": Piece("c: the reference scripts, the same shape", reference, 110),
     "d": Piece("d: tutorial-128 on drawn specimens", butterflies, 230, reserve=40),
@@ -430,9 +434,9 @@ def run_piece(name: str, piece: Piece, bench: Bench) -> str:
     return state or "ok"
 
 
-def run_pieces(words: argparse.Namespace, results: Results, folder: Path, sizes: Sizes) -> bool:
-    """The chosen pieces, one after the other; tells whether all went well."""
-    end, well = time.monotonic() + 60 * words.minutes, True
+def run_pieces(words: argparse.Namespace, results: Results, folder: Path, sizes: Sizes, end: float) -> bool:
+    """The chosen pieces, one after the other until `end` on the monotonic clock; tells whether all went well."""
+    well = True
     for name in words.chosen:
         piece, now = PIECES[name], time.monotonic()
         if name == "c" and words.scripts is None:
@@ -491,21 +495,24 @@ def parse() -> argparse.Namespace:
 
 def prepare(rehearse: bool) -> None:
     """Set the environment, then import what all pieces need, before any of them is forked. Exits without a GPU."""
-    os.environ |= environment_for()
+    # The last one: a library that asks for a GPU while it is imported must not start CUDA, which no fork would survive.
+    os.environ |= environment_for() | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     if rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sys.path.insert(0, str(measuring.ROOT))
-    import torch
-
-    if not rehearse and not torch.cuda.device_count():
-        raise SystemExit("make gpu: PyTorch sees no GPU here; rehearse on the CPU with --rehearse")
-    importlib.import_module("diffusion_lessons.dreambooth.training")
-    importlib.import_module("diffusion_lessons.butterflies.training")
+    for module in ("dreambooth.training", "butterflies.training"):
+        importlib.import_module(f"diffusion_lessons.{module}")
+    child = FORK.Process(target=lambda: os._exit(not importlib.import_module("torch").cuda.is_available()))
+    child.start()
+    child.join()
+    if child.exitcode and not rehearse:
+        raise SystemExit("make gpu: PyTorch finds no GPU here; rehearse on the CPU with --rehearse")
 
 
 def main() -> int:
     """Run the pieces; 1 when one of them failed."""
     words = parse()
+    end = time.monotonic() + 60 * words.minutes
     if words.wheels and OVERLAY not in os.environ:
         with_wheels(words.wheels)
     about = measuring.about_machine(card=not words.rehearse)
@@ -514,7 +521,7 @@ def main() -> int:
     title = "What a GPU does: rehearsed with toys on a CPU" if words.rehearse else "What a GPU does"
     results = Results(words.results, "gpu-rehearsed" if words.rehearse else "gpu", about, title)
     with working_folder(words.folder) as folder:
-        well = run_pieces(words, results, folder, TOY if words.rehearse else Sizes())
+        well = run_pieces(words, results, folder, TOY if words.rehearse else Sizes(), end)
     print(f"{results.page}\n{results.path}")
     return int(not well)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 UNET = {
@@ -79,16 +79,20 @@ def configs_of(name: str, small: bool = False) -> dict[str, dict[str, Any]]:
     return parts | {name: parts[name] | change for name, change in zip(KINDS, (unet, vae, text), strict=True)}
 
 
+def empty_network(part: str, config: Mapping[str, Any]) -> torch.nn.Module:
+    """A part by its config, on the meta device: names and shapes, without memory."""
+    kind = KINDS[part]
+    with torch.device("meta"):
+        return kind(CLIPTextConfig(**config)) if part == "text_encoder" else kind.from_config(dict(config))
+
+
 def random_weights(part: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Weights for a part, float16 by name: as spread as PyTorch's own at the start, so that nothing overflows.
 
-    Norms are ones, biases zeros; of an embedding a row is as spread as CLIP's. The network itself takes no memory.
+    Norms are ones, biases zeros; of an embedding a row is as spread as CLIP's.
     """
-    kind, generator = KINDS[part], torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        model = kind(CLIPTextConfig(**config)) if part == "text_encoder" else kind.from_config(dict(config))
-    weights = {}
-    for name, weight in model.state_dict().items():
+    weights, generator = {}, torch.Generator().manual_seed(0)
+    for name, weight in empty_network(part, config).state_dict().items():
         if weight.ndim > 1:
             spread = 0.02 if "embedding.weight" in name else (3 * weight[0].numel()) ** -0.5
             weights[name] = torch.empty(weight.shape).normal_(0, spread, generator=generator).half()
@@ -140,13 +144,28 @@ def build(name: str, folder: Path, small: bool = False) -> None:
         "scheduler": ["diffusers", parts["scheduler"]["_class_name"]]})  # fmt: skip
 
 
+def in_32_bits(model: Path) -> Path:
+    """The same model beside it with a text encoder in 32 bits, without which the reference scripts do not train one."""
+    folder = model.with_name(f"{model.name}-in-32-bits")
+    if not folder.exists():
+        shutil.copytree(model, folder, copy_function=os.link)
+        weights, config = folder / "text_encoder" / TRANSFORMERS_FILE, folder / "text_encoder" / "config.json"
+        wide = {name: weight.float() for name, weight in load_file(weights).items()}
+        changed = json.loads(config.read_text(encoding="utf-8")) | {"torch_dtype": "float32"}
+        for path in (weights, config):
+            path.unlink()  # a link: writing into it would change the model that it came from
+        save_file(wide, weights, {"format": "pt"})
+        write_json(config, changed)
+    return folder
+
+
 def resized(model: Path, folder: Path, sample_size: int) -> None:
     """The same model for pictures of another size, in latent pixels: its files are links, only one number differs."""
     if not folder.exists():
         shutil.copytree(model, folder, copy_function=os.link)
     path = folder / "unet" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"sample_size": sample_size}
-    path.unlink()  # a link: writing into it would change the model that it came from
+    path.unlink()  # a link, as above
     write_json(path, config)
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: a process run to its end with time and peak memory, the machine, and results on disk.
 
-Only the standard library: what measures must not weigh, and the environment is set before torch is imported.
+Only the standard library: the kernel counts the size of a process into the peak of those that it starts, so what
+measures must not weigh; and the environment is set before torch is imported.
 """
 import itertools
 import json
