@@ -211,7 +211,7 @@ def correct(bench: Bench) -> None:
              for precision, lora in itertools.product(bench.sizes.precisions, (False, True))}  # fmt: skip
     rows, wrong, said = [], [], {}
     for name, fields in list(kinds.items())[: bench.sizes.killed]:
-        said[name] = kill_after_checkpoint(fields | {"output_dir": str(bench.folder / f"{name}-killed")}, bench.left)
+        said[name] = kill_after_checkpoint(fields | {"output_dir": str(bench.folder / f"{name}-killed")}, 45)
     for name, fields in kinds.items():
         whole, killed = bench.folder / name, bench.folder / f"{name}-killed"
         row = {"run": name, **train_whole(fields | {"output_dir": str(whole)})}
@@ -244,36 +244,46 @@ def free_gpu() -> None:
 
 
 def estimated(config: Any) -> float | None:
-    """GiB that the package expects a run to need while it trains; None where it makes no such estimate."""
+    """GiB that the package expects a run to need on a GPU while it trains; None where it makes no such estimate."""
     try:
         memory = importlib.import_module("diffusion_lessons.dreambooth.memory")
     except ModuleNotFoundError:
         return None
-    return memory.training_peak(config)
+    phases = memory.estimate(config, config.pretrained_model_name_or_path)
+    return next(phase.total for phase in phases if phase.phase == "train")
+
+
+def shape_config(bench: Bench, recompute: bool, **fields: Any) -> Any:
+    """A run at Stable Diffusion's shape, batch 1; recompute: with gradient checkpointing."""
+    from diffusion_lessons.dreambooth.config import DreamBoothConfig
+
+    return DreamBoothConfig(pretrained_model_name_or_path=str(bench.model), instance_data_dir=str(bench.subject),
+                            instance_prompt=SUBJECT, resolution=bench.sizes.resolution, train_batch_size=1,
+                            mixed_precision=bench.sizes.half, gradient_checkpointing=recompute, report_to="none",
+                            output_dir=str(bench.folder / "unused"), fidelity_model="none", **fields)  # fmt: skip
 
 
 def shape(bench: Bench) -> None:
-    """Piece b: real micro-steps, batch 1, with and without gradient checkpointing."""
+    """Piece b: real micro-steps, with and without gradient checkpointing; then, as far as time is left, estimates."""
     import torch
 
-    from diffusion_lessons.dreambooth.config import DreamBoothConfig
     from diffusion_lessons.dreambooth.training import measure_run
 
     rows: list[dict[str, Any]] = []
-    for (name, fields), recompute in itertools.product(MODES.items(), (False, True)):
-        config = DreamBoothConfig(pretrained_model_name_or_path=str(bench.model), instance_data_dir=str(bench.subject),
-                                  instance_prompt=SUBJECT, resolution=bench.sizes.resolution, train_batch_size=1,
-                                  mixed_precision=bench.sizes.half, gradient_checkpointing=recompute, report_to="none",
-                                  output_dir=str(bench.folder / "unused"), fidelity_model="none", **fields)
-        row = {"trained": name, "gradient checkpointing": recompute, "seconds a step": None, "peak GiB": None,
-               "estimate GiB": estimated(config)}  # fmt: skip
+    runs = list(itertools.product(MODES, (False, True)))
+    for mode, recompute in runs:
+        row = {"trained": mode, "gradient checkpointing": recompute, "seconds a step": None, "peak GiB": None,
+               "estimate GiB": None}  # fmt: skip
         free_gpu()
         try:
-            measured = measure_run(config, bench.sizes.repeats)
+            measured = measure_run(shape_config(bench, recompute, **MODES[mode]), bench.sizes.repeats)
             row |= {"seconds a step": measured.seconds, "peak GiB": measured.memory}
         except torch.OutOfMemoryError:
             row["seconds a step"] = "out of memory"
         bench.rows("b", rows, row)
+    for row, (mode, recompute) in zip(rows, runs, strict=True):
+        row["estimate GiB"] = estimated(shape_config(bench, recompute, **MODES[mode]))
+        bench.results.section("b", rows=rows)
 
 
 # ── c: the reference scripts ─────────────────────────────────────────────────────────────
@@ -422,11 +432,14 @@ def run_piece(name: str, piece: Piece, bench: Bench) -> str:
     bench.results.section(name, title=piece.title)
     child = FORK.Process(target=work)
     child.start()
-    child.join(max(1, bench.left))
-    state = bench.results.content["sections"][name].get("state")
-    if child.is_alive():
+    try:
+        child.join(max(1, bench.left))
+    finally:
+        over = child.is_alive()
         child.kill()
         child.join()
+    state = bench.results.content["sections"][name].get("state")
+    if over:
         state = "FAILED: its time was over; what it had by then is here"
     elif child.exitcode and not (state or "").startswith("FAILED"):
         state = f"FAILED: exit code {child.exitcode}"
@@ -511,6 +524,7 @@ def prepare(rehearse: bool) -> None:
 
 def main() -> int:
     """Run the pieces; 1 when one of them failed."""
+    measuring.leave_on_sigterm()
     words = parse()
     end = time.monotonic() + 60 * words.minutes
     if words.wheels and OVERLAY not in os.environ:

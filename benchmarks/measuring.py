@@ -103,6 +103,11 @@ def run_process(words: Sequence[str | Path], log: Path, *, environment: Mapping[
     return Finished(process.returncode, seconds, usage.ru_maxrss * 1024 / GIB, listener.marks, text)
 
 
+def leave_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that it ends what it has started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def wait(process: subprocess.Popen, seconds: float = 0.02) -> Any:
     """What the kernel knows of a process that has ended, its children included; None after a moment, if it has not."""
     pid, status, usage = os.wait4(process.pid, os.WNOHANG)

@@ -260,6 +260,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """Run the phases, print the table; 1 when one of them failed."""
+    measuring.leave_on_sigterm()
     words, begin = parse(), time.monotonic()
     threads = words.threads or len(os.sched_getaffinity(0))
     results = Results(words.results or (words.folder / "results" if words.small else measuring.RESULTS), "rehearsal",
