@@ -83,6 +83,16 @@ pytest: $(INSTALLED_DEV)  ## step: pytest; choose with PYTEST_ARGS="-k name"
 test-slow: $(INSTALLED_DEV)  ## the tests that take minutes each
 	$(BIN)/python -m pytest --slow -m slow $(PYTEST_ARGS)
 
+# ── measuring ────────────────────────────────────────────────────────────────────────────
+
+.PHONY: rehearsal
+rehearsal: $(INSTALLED)  ## every command at the size of Stable Diffusion 1.4 and 2.1, on a CPU: half an hour, 24 GB of memory
+	$(BIN)/python benchmarks/rehearsal.py $(REHEARSAL_ARGS)
+
+.PHONY: gpu
+gpu: $(INSTALLED)  ## what is worth knowing from a GPU, in eight minutes; some of it: GPU_ARGS="--only ab"
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
+
 # ── lessons and site ─────────────────────────────────────────────────────────────────────
 
 .PHONY: lab

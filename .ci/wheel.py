@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,8 @@ def main() -> None:
         wheel = next((folder / "dist").glob("*.whl"))
         size = wheel.stat().st_size
         assert size <= WHEEL_LIMIT, f"the wheel has {size:,} bytes, more than {WHEEL_LIMIT:,}"
+        names = {name.split("/")[0].split("-")[0] for name in zipfile.ZipFile(wheel).namelist()}
+        assert names == {"diffusion_lessons"}, f"the wheel brings {sorted(names)}"
         print(f"{wheel.name}: {size / 1e6:.1f} MB")
         run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
         programs = folder / "venv" / "bin"
