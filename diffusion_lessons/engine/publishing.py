@@ -134,7 +134,8 @@ def shown_folder(folder: Path) -> Iterator[Path]:
     try:
         for name in (*list_results(folder), "README.md", "samples", "fidelity.json"):
             if (folder / name).is_dir():
-                shutil.copytree(folder / name, shown / name, copy_function=link_or_copy)
+                left_out = shutil.ignore_patterns(".*", "abandoned-*")
+                shutil.copytree(folder / name, shown / name, ignore=left_out, copy_function=link_or_copy)
             elif (folder / name).is_file():
                 link_or_copy(str(folder / name), str(shown / name))
         if (folder / CONFIG_NAME).is_file():
