@@ -28,7 +28,7 @@ from diffusion_lessons.dreambooth.subject import (
     single_tokens,
 )
 from diffusion_lessons.engine.config import InputError
-from diffusion_lessons.engine.data import SeededDataset, repeatable
+from diffusion_lessons.engine.data import HeldData, SeededDataset, repeatable
 from diffusion_lessons.miniature.captions import train_tokenizer
 from diffusion_lessons.pictures.batches import to_model_range
 from diffusion_lessons.pictures.meadow import subject
@@ -194,6 +194,13 @@ def test_the_middle_is_cut():
     wide, tall = (np.arange(3 * 4 * 8, dtype=np.uint8).reshape(3, *shape) for shape in ((4, 8), (8, 4)))
     first, second = middle([wide, tall], 4).numpy()
     assert np.array_equal(first, wide[:, :, 2:6]) and np.array_equal(second, tall[:, 2:6])
+
+
+def test_encoded_pairs_are_held_data_and_travel(tiny_vae):
+    pairs = encoded_pairs(tiny_vae, [noisy_pictures(3), noisy_pictures(2)], 16)
+    assert isinstance(pairs, HeldData) and pairs.nbytes == sum(each.nbytes for each in pairs.tensors) > 0
+    assert pairs.to("meta") is pairs and {each.device.type for each in pairs.tensors} == {"meta"}
+    assert len(pairs[0]) == 2 and len(pairs) == 3
 
 
 def test_encoded_pairs_are_those_encoded_by_hand(tiny_vae):
