@@ -258,7 +258,7 @@ def shape_config(bench: Bench, recompute: bool, **fields: Any) -> Any:
     from diffusion_lessons.dreambooth.config import DreamBoothConfig
 
     return DreamBoothConfig(pretrained_model_name_or_path=str(bench.model), instance_data_dir=str(bench.subject),
-                            instance_prompt=SUBJECT, resolution=bench.sizes.resolution, train_batch_size=1,
+                            instance_prompt=SUBJECT, resolution=bench.sizes.resolution, train_batch_size=1, seed=0,
                             mixed_precision=bench.sizes.half, gradient_checkpointing=recompute, report_to="none",
                             output_dir=str(bench.folder / "unused"), fidelity_model="none", **fields)  # fmt: skip
 
@@ -282,6 +282,8 @@ def shape(bench: Bench) -> None:
             row["seconds a step"] = "out of memory"
         bench.rows("b", rows, row)
     for row, (mode, recompute) in zip(rows, runs, strict=True):
+        if bench.left < 20:  # an estimate takes seconds of a processor, and the next piece is worth more
+            break
         row["estimate GiB"] = estimated(shape_config(bench, recompute, **MODES[mode]))
         bench.results.section("b", rows=rows)
 
