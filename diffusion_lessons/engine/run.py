@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .checkpointer import Checkpointer, ModelFolders, Position, last_checkpoint_text
-from .commands import RunFailed, StopSignals
+from .commands import RunFailed, StopSignals, lasting_output
 from .config import RunConfig, public_fields, save_config
 from .data import count_batches, fingerprint_of, held_on, mixed_seed, repeatable
 from .devices import agreed_signal, forget_accelerator, make_accelerator
@@ -258,7 +258,7 @@ def announce(run: Run) -> None:
 # %% ../../nbs/workshop/69_run.ipynb #92da2938
 @contextlib.contextmanager
 def watching_signals(run: Run) -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM are noted; the run ends after its step, with a checkpoint."""
+    """Within the block SIGINT, SIGTERM and SIGHUP are noted; the run ends after its step, with a checkpoint."""
     with run.stop:
         try:
             yield
@@ -286,6 +286,7 @@ def start_run(
     """
     config = config.resolve()
     with contextlib.ExitStack() as closing:
+        closing.enter_context(lasting_output())
         if accelerator is None:
             accelerator = make_accelerator(config)
             closing.callback(forget_accelerator, accelerator)
