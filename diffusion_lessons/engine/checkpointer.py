@@ -167,6 +167,8 @@ def last_checkpoint_text(output_dir: Path, command: str, num_processes: int = 1)
     newest, _ = latest_checkpoint(output_dir)
     if newest is None:
         return "There is no checkpoint yet"
-    words = [*shlex.split(command), "--config", str(output_dir / CONFIG_NAME), "--resume_from_checkpoint", "latest"]
+    config = str(output_dir / CONFIG_NAME)
+    config = f"./{config}" if config.startswith(("-", "~")) else config  # it is no flag, and no home folder
+    words = [*shlex.split(command), "--config", config, "--resume_from_checkpoint", "latest"]
     words += ["--num_processes", str(num_processes)] if num_processes > 1 else []
     return f"Last good checkpoint: {newest.path.name}; go on with: {shlex.join(words)}"

@@ -327,6 +327,8 @@ def training_command(
         config = config.resolve()
         sys.argv[1:] = hide_token(sys.argv[1:])
         folder.append(Path(config.output_dir) / config.logging_dir)
+        for note in options.notes:
+            say(f"note: {note}")
         work(config, options)
 
     return run_command(prog, run, lambda: folder[0] if folder and folder[0].is_dir() else None)

@@ -23,7 +23,7 @@ from .config import RunConfig, public_fields, save_config
 from .data import count_batches, fingerprint_of, held_on, mixed_seed, repeatable
 from .devices import agreed_signal, forget_accelerator, make_accelerator
 from .devices import on_main, out_of_memory_text, seed_all
-from .optimization import Steps, TrainState, count_steps, schedule_warning
+from .optimization import Steps, TrainState, count_steps, schedule_warning, warmup_warning
 from .output_folder import CONFIG_NAME, OutputFolder, samples_path, set_aside_samples
 from .tracking import LossLog, ProgressMeter, log_image, say, start_tracker
 
@@ -220,7 +220,8 @@ def compose_run(config: RunConfig, models: Mapping[str, torch.nn.Module], optimi
     steps = count_steps(count_batches(dataloader, processes), config.gradient_accumulation_steps, num_epochs,
                         config.max_train_steps)
     # Accelerate steps a given schedule once per process, because its length was counted on the undivided data.
-    warning = schedule_warning(lr_scheduler, steps.total * processes) if lr_scheduler is not None else None
+    warning = (warmup_warning(config, steps.total) if lr_scheduler is None
+               else schedule_warning(lr_scheduler, steps.total * processes))
     if warning:
         say(f"warning: {warning}")
     about = {"total_steps": steps.total, "steps_per_epoch": steps.per_epoch, "num_processes": processes,

@@ -139,8 +139,8 @@ class LastingTracker:
             return action(*values, **named)
         except Exception as error:
             if not self._failed:
-                say(f"warning: --report_to {self.name} failed ({one_line(error, 200)}); the run goes on, and the log may "
-                    "have gaps")
+                say(f"warning: --report_to {self.name} failed ({one_line(error, 200)}); the run goes on, and the log "
+                    "may have gaps")
             self._failed = True
 
     def __getattr__(self, name: str) -> Any:
@@ -168,7 +168,8 @@ def start_tracker(accelerator: Accelerator, config: RunConfig, project: str, ste
             accelerator.init_trackers(project, config=shown, init_kwargs=options)
             started += map(LastingTracker, accelerator.trackers)
         except Exception as error:
-            say(f"warning: --report_to {each} could not be started ({one_line(error, 200)}); the run goes on without it")
+            say(f"warning: --report_to {each} could not be started ({one_line(error, 200)}); the run goes on "
+                "without it")
     accelerator.log_with, accelerator.trackers = wanted, started
 
 # %% ../../nbs/workshop/65_tracking.ipynb #c93e1d68
