@@ -290,8 +290,10 @@ class RunConfig(HubOptions, TrackingOptions, CheckpointOptions, AveragingOptions
             require(value is None or value >= 0, name, value, "must be 0 or more")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "min_lr_rate"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
-        require(not self.push_to_hub or self.hub_token is not None or os.environ.get("HF_HUB_OFFLINE") != "1",
-                "push_to_hub", True, "HF_HUB_OFFLINE=1 is set; unset it, or upload later with `hf upload`")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # a token does not help
+            set_to = os.environ.get(name, "")
+            require(not self.push_to_hub or set_to.upper() not in ("1", "ON", "YES", "TRUE"), "push_to_hub", True,
+                    f"{name}={set_to} is set; unset it, or upload later with `hf upload`")
 
 # %% ../../nbs/workshop/60_config.ipynb #1f58e3b1
 Config = TypeVar("Config", bound=RunConfig)
