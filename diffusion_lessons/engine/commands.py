@@ -58,7 +58,7 @@ def write_error_log(error: BaseException, folder: str | Path | None = None) -> P
 
 
 def one_line(error: BaseException | str, limit: int = 600) -> str:
-    """Return an exception's message, or a text, without line breaks, at most `limit` characters; spaces in paths stay."""
+    """Return a message or a text without line breaks, at most `limit` characters; spaces in paths stay."""
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or error.__class__.__name__
     return text if len(text) <= limit else f"{text[:limit]} …"
 

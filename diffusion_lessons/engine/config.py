@@ -499,7 +499,7 @@ def parse_command_line(
 
 
 def _chosen(config: RunConfig, names: Iterable[str], presets: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Of the fields in a file, those that somebody chose: a saved run names all, with defaults and a preset's values."""
+    """Of the fields in a file, the chosen ones; a saved run names all, with defaults and a preset's values."""
     defaults = {each.name: each.default for each in fields(config)}
     return {name for name in names if getattr(config, name) not in
             [defaults[name], *(preset[name] for preset in presets if name in preset)]}

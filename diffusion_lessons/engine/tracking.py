@@ -148,8 +148,8 @@ def check_tracker(report_to: str) -> None:
     for name in wanted if int(os.environ.get("RANK", 0)) == 0 else []:
         fault = login_fault(name)
         if fault is not None:
-            raise InputError(f"--report_to {report_to}: {name} cannot start ({one_line(fault, 120)}); {LOGINS[name][2]}, "
-                             "or take another tracker, such as tensorboard")
+            raise InputError(f"--report_to {report_to}: {name} cannot start ({one_line(fault, 120)}); "
+                             f"{LOGINS[name][2]}, or take another tracker, such as tensorboard")
 
 # %% ../../nbs/workshop/65_tracking.ipynb #3de901e7
 def run_name(folder: Path) -> str:
