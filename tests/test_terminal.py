@@ -71,6 +71,27 @@ def test_the_shells_closed_streams_end_no_run_and_spoil_no_exit_code(tmp_path):
     assert done.returncode == 0 and is_finished(tmp_path / "run", 2)
 
 
+def test_what_a_library_prints_into_a_closed_descriptor_goes_into_no_file(tmp_path):
+    (tmp_path / "room.py").write_text("""
+import os, subprocess
+def main(words):
+    with open("checkpoint", "w") as file:
+        file.write(f"{file.fileno()}")
+        file.flush()
+        for number in (1, 2):
+            os.write(number, b"a warning in C")
+        subprocess.run(["sh", "-c", "echo from a child; echo and more >&2"])
+    return 0
+""")
+    (tmp_path / "start.py").write_text("""
+from diffusion_lessons.engine.commands import front_door
+raise SystemExit(front_door("demo", lambda words: None, "room"))
+""")
+    done = subprocess.run(["bash", "-c", f"{sys.executable} start.py <&- >&- 2>&-"], cwd=tmp_path, timeout=60,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})  # fmt: skip
+    assert done.returncode == 0 and int((tmp_path / "checkpoint").read_text()) > 2
+
+
 def test_a_pipe_whose_reader_has_left_changes_no_exit_code(tmp_path):
     for given, code in ((["--help"], 0), (["--seed", "-1"], 2), (words(tmp_path, max_train_steps=1), 0)):
         reading, writing = os.pipe()

@@ -297,11 +297,24 @@ def front_door(prog: str, read: Callable[[Sequence[str]], Any], room: str) -> in
     read: parses the words, or raises InputError. room: dotted name of the module that does the work.
     """
     words = sys.argv[1:]
+    _occupy_standard_descriptors()
     with lasting_output():  # libraries may speak when they are imported
         code = run_command(prog, lambda: read(words))
         if code or {"-h", "--help"} & set(words):
             return code
         return importlib.import_module(room).main(words)
+
+
+def _occupy_standard_descriptors() -> None:
+    """Open the null device for each of descriptors 0, 1 and 2 that is closed.
+
+    The next file that is opened would get the number, and what a library in C prints would go into a checkpoint.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number, this one
 
 # %% ../../nbs/workshop/61_commands.ipynb #7d0be40c
 def hide_token(words: Sequence[str]) -> list[str]:
