@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -304,7 +305,8 @@ def test_two_processes_count_in_a_scaled_rate_and_upload_once(tmp_path):
                   max_train_steps=1, num_train_images=12, push_to_hub=True, hub_token="hf_token")  # fmt: skip
     arguments = [str(tmp_path / "uploads"), *words(tmp_path / "flies", num_processes=2, scale_lr=True, **chosen)]
     command = [sys.executable, "-c", WITH_A_HUB_OF_PAPER, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=online)
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "flies" / "checkpoint-1"
     assert json.loads((checkpoint / "progress.json").read_text())["num_processes"] == 2
@@ -716,6 +718,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch) -> list:
     asked = []
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # offline, --push_to_hub is refused
     monkeypatch.setattr(publishing, "HfApi", lambda token=None: Hub(asked, token))
     return asked
 

@@ -167,7 +167,7 @@ def test_a_flag_of_the_scripts_means_what_it_meant(script, flag, monkeypatch):
 def test_what_the_scripts_require_is_required(flag):
     with pytest.raises(InputError, match=f"^--{flag} is missing: add --{flag} "):
         parse_dreambooth(as_words({name: value for name, value in NEEDED.items() if name != flag}))
-    with pytest.raises(InputError, match=f"--{flag} is missing"):
+    with pytest.raises(InputError, match=f"--{flag} '': is empty"):
         parse(**{flag: ""})
 
 

@@ -787,6 +787,7 @@ def uploads(monkeypatch) -> list[dict]:
         calls.append({"upload": repo_id, "folder": Path(folder_path), "ignored": list(ignore_patterns),
                       "token": api.token})  # fmt: skip
 
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # offline, --push_to_hub is refused
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     return calls

@@ -871,7 +871,7 @@ def test_the_folder_is_free_again_after_a_start_that_failed(tmp_path, monkeypatc
     with pytest.raises(InputError, match="no such folder; .* holds checkpoint-2"):
         train(a_config(tmp_path, resume_from_checkpoint="checkpoint-1"))
     assert not is_locked(tmp_path)
-    monkeypatch.setattr(Accelerator, "init_trackers", full_disk)
+    monkeypatch.setattr("diffusion_lessons.engine.run.start_tracker", full_disk)
     with pytest.raises(OSError):
         train(a_config(tmp_path, max_train_steps=2))
     assert not is_locked(tmp_path)
@@ -898,10 +898,10 @@ def test_a_finished_run_is_replaced_only_when_the_new_one_has_finished(tmp_path,
 
     def begins(*_, **__):
         assert torch.equal(saved(tmp_path / "run.previous" / "checkpoint-2" / "line"), weights)
-        raise ConnectionError("the tracker wants a login")
+        raise ConnectionError("the start failed")
 
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):
-        patch.setattr(Accelerator, "init_trackers", begins)
+        patch.setattr("diffusion_lessons.engine.run.start_tracker", begins)
         train(a_config(folder, max_train_steps=3))
     assert torch.equal(saved(tmp_path / "run.previous" / "checkpoint-2" / "line"), weights)
     train(a_config(folder, max_train_steps=3))

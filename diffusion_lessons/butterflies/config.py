@@ -19,11 +19,11 @@ from ..engine.config import LaunchOptions, RunConfig, option, parse_command_line
 class PictureOptions:
     """The pictures, and what is done to them before training."""
 
-    dataset_name: str = option("meadow", "meadow (embedded), imagefolder (with train_data_dir), or a Hub id")
+    dataset_name: str = option("meadow", "meadow (embedded), imagefolder (with train_data_dir), or a Hub id", path=True)
     dataset_config_name: str | None = option(None, "configuration of a Hub data set that has several")
-    train_data_dir: str | None = option(None, "a folder of pictures; implies imagefolder")
+    train_data_dir: str | None = option(None, "a folder of pictures; implies imagefolder", path=True)
     num_train_images: int = option(1000, "how many pictures the embedded meadow draws", fixed=True)
-    cache_dir: str | None = option(None, "where downloads and large decoded sets are kept")
+    cache_dir: str | None = option(None, "where downloads and large decoded sets are kept", path=True)
     image_size: int | None = option(
         None, "side of the training pictures, in pixels; by default 128, or that of the pretrained pipeline",
         aliases=["--resolution"], fixed=True)
@@ -39,8 +39,10 @@ class NetworkOptions:
     """The network that learns."""
 
     model_config_name_or_path: str | None = option(
-        None, "a named UNet, or a folder or Hub id with a UNet2DModel config; by default tutorial-128", fixed=True)
-    pretrained_model_name_or_path: str | None = option(None, "an unconditional pipeline to fine-tune", fixed=True)
+        None, "a named UNet, or a folder or Hub id with a UNet2DModel config; by default tutorial-128", fixed=True,
+        path=True)
+    pretrained_model_name_or_path: str | None = option(
+        None, "an unconditional pipeline to fine-tune", fixed=True, path=True)
     enable_xformers_memory_efficient_attention: bool = option(False, "attention by xFormers (the [xformers] extra)")
 
 # %% ../../nbs/workshop/86_butterflies_config.ipynb #727e8465
@@ -97,7 +99,8 @@ class TrainingConfig(RefusedOptions, RunConfig, GridOptions, EpochOptions, Noise
                      PictureOptions):
     """An unconditional run: the fields of the Hugging Face tutorial, then those of `train_unconditional.py`."""
 
-    output_dir: str = option("ddpm-butterflies-128", "folder for samples, logs, checkpoints and the finished pipeline")
+    output_dir: str = option(
+        "ddpm-butterflies-128", "folder for samples, logs, checkpoints and the finished pipeline", path=True)
 
     def __post_init__(self) -> None:
         if self.pretrained_model_name_or_path is None:
@@ -127,6 +130,18 @@ class TrainingConfig(RefusedOptions, RunConfig, GridOptions, EpochOptions, Noise
         if self.num_inference_steps is None and self.ddpm_num_steps is not None:
             self.num_inference_steps = {"ddpm": self.ddpm_num_steps, "ddim": min(50, self.ddpm_num_steps)}.get(
                 self.sampler, min(25, self.ddpm_num_steps))
+
+    def needs(self) -> dict[str, tuple[bool, str]]:
+        """Which fields have an effect only with others, as `RunConfig.needs`."""
+        meadow, on_hub = self.dataset_name == "meadow", self.dataset_name not in ("meadow", "imagefolder")
+        return super().needs() | {
+            "num_train_images": (meadow, "does nothing with pictures of your own; all are trained on"),
+            "dataset_config_name": (on_hub, "does nothing without a Hub data set in --dataset_name"),
+            "cache_dir on_bad_image": (not meadow, "does nothing with the embedded meadow"),
+            "resize": (not self.center_crop or self.declared.resize == "crop", "does nothing with --center_crop"),
+            "model_config_name_or_path": (self.pretrained_model_name_or_path is None,
+                                          "does nothing with --pretrained_model_name_or_path"),
+        }
 
     def check(self) -> None:
         """Raise InputError for a value that no unconditional run can use."""

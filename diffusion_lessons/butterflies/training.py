@@ -19,6 +19,7 @@ from PIL import Image
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from ..engine.checkpointer import check_resume, space_note
 from ..engine.commands import launch, training_command
 from .config import FRESH, PRESETS, TrainingConfig
 from ..engine.config import LaunchOptions, require
@@ -272,12 +273,17 @@ def dry_run(config: TrainingConfig, images: ImageSet, num_processes: int = 1) ->
 
 # %% ../../nbs/butterflies/16_train.ipynb #565feadb
 def check_before_work(config: TrainingConfig) -> None:
-    """Find mistakes that need no data and no training: the output folder, the tracker, the network or pipeline."""
+    """Find mistakes that need no data: folders, a resume, the tracker, the network or pipeline, the room on the disk."""
     check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
+    check_resume(config)
     check_tracker(config.report_to)
     check_login(config)
     with torch.device("meta"):  # shapes without memory or arithmetic
-        build_model(config)
+        weights = 4 * count_parameters(build_model(config)[0])  # bytes
+    moments = weights // 2 if config.use_8bit_adam else 2 * weights
+    note = space_note(config.output_dir, weights * (2 if config.use_ema else 1) + moments, weights)
+    if note is not None:
+        say(f"note: {note}")
 
 # %% ../../nbs/butterflies/16_train.ipynb #b4f2de56
 def run_butterflies(config: TrainingConfig, options: LaunchOptions) -> None:

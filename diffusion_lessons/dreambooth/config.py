@@ -24,10 +24,11 @@ class ModelOptions:
     """What is fine-tuned."""
 
     pretrained_model_name_or_path: str | None = option(
-        None, "what to fine-tune: a Stable Diffusion 1.x or 2.x folder or Hub id, or miniature", fixed=True)
+        None, "what to fine-tune: a Stable Diffusion 1.x or 2.x folder or Hub id, or miniature", fixed=True, path=True)
     revision: str | None = option(None, "git revision of a model on the Hub", fixed=True)
     variant: str | None = option(None, "variant of the weight files, such as fp16", fixed=True)
-    tokenizer_name: str | None = option(None, "another tokenizer than the model's: a folder or Hub id", fixed=True)
+    tokenizer_name: str | None = option(
+        None, "another tokenizer than the model's: a folder or Hub id", fixed=True, path=True)
     tokenizer_max_length: int | None = option(None, "tokens of a prompt; by default the tokenizer's own", fixed=True)
 
 # %% ../../nbs/workshop/87_dreambooth_config.ipynb #0fcdd3c9
@@ -38,7 +39,7 @@ INTERPOLATION = Literal["nearest", "nearest-exact", "nearest_exact", "bilinear",
 class SubjectOptions:
     """The pictures of the subject, and what is done to them before training."""
 
-    instance_data_dir: str | None = option(None, "folder with pictures of the subject, or meadow")
+    instance_data_dir: str | None = option(None, "folder with pictures of the subject, or meadow", path=True)
     instance_prompt: str | None = option(None, "prompt with the identifier: 'a photo of sks dog'", fixed=True)
     resolution: int = option(512, "side of the training pictures, in pixels", fixed=True)
     center_crop: bool = option(False, "take the middle of pictures that are not square, not a random part", fixed=True)
@@ -56,7 +57,8 @@ PRECISIONS = Literal["no", "fp32", "fp16", "bf16"]
 class PriorOptions:
     """The class of the subject, whose meaning is to be preserved."""
 
-    class_data_dir: str | None = option(None, "folder with pictures of the class; missing ones are generated into it")
+    class_data_dir: str | None = option(
+        None, "folder with pictures of the class; missing ones are generated into it", path=True)
     class_prompt: str | None = option(None, "prompt of the class: 'a photo of dog'", fixed=True)
     with_prior_preservation: bool = option(False, "add the prior-preservation loss", fixed=True)
     prior_loss_weight: float = option(1.0, "weight of the prior-preservation loss", fixed=True)
@@ -110,7 +112,8 @@ class LookOptions:
     validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] = option(
         "DPMSolverMultistepScheduler", "solver of these pictures, in 25 steps")
     fidelity_model: str | None = option(
-        None, "CLIP that compares pictures at each checkpoint: a folder, Hub id or miniature; none for no table")
+        None, "CLIP that compares pictures at each checkpoint: a folder, Hub id or miniature; none for no table",
+        path=True)
 
 # %% ../../nbs/workshop/87_dreambooth_config.ipynb #e9e0b95f
 @dataclass
@@ -126,13 +129,19 @@ class OtherModelOptions:
 LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 5e-4  # of the two example scripts
 
 
+def _of_the_hub(model: str | None) -> dict[str, tuple[bool, str]]:
+    """What flags about a model's files need: None is a model that is not known yet."""
+    local = model is not None and os.path.isdir(model)
+    return {"revision": (model != "miniature" and not local, "does nothing with a model that lies on this machine")}
+
+
 @dataclass
 class DreamBoothConfig(OtherModelOptions, RunConfig, LookOptions, LoopOptions, AdapterOptions, TrainedOptions,
                        PriorOptions, SubjectOptions, ModelOptions):
     """A DreamBooth run: the flags of `train_dreambooth.py` and `train_dreambooth_lora.py`, and a few of our own."""
 
     output_dir: str | None = option(
-        None, "folder of the run; by default dreambooth-model, with --lora lora-dreambooth-model")
+        None, "folder of the run; by default dreambooth-model, with --lora lora-dreambooth-model", path=True)
     seed: int | None = option(None, "seed of all that is drawn; by default a new one, which is recorded", fixed=True)
     train_batch_size: int = option(
         4, "pictures of the subject per device and micro-step; as many of the class", fixed=True)
@@ -152,6 +161,20 @@ class DreamBoothConfig(OtherModelOptions, RunConfig, LookOptions, LoopOptions, A
             self.image_interpolation_mode = "nearest-exact"
         if self.validation_steps is None and self.validation_epochs is None:
             self.validation_steps, self.validation_epochs = (None, 50) if self.lora else (100, None)
+
+    def needs(self) -> dict[str, tuple[bool, str]]:
+        """Which fields have an effect only with others, as `RunConfig.needs`."""
+        prior, looks = self.with_prior_preservation, self.validation_prompt is not None
+        return super().needs() | _of_the_hub(self.pretrained_model_name_or_path) | {
+            "class_data_dir num_class_images prior_loss_weight sample_batch_size prior_generation_precision": (
+                prior, "does nothing without --with_prior_preservation"),
+            "class_prompt": (prior, "tells the identifier from the class, and nothing is trained on it without "
+                                    "--with_prior_preservation"),
+            "validation_steps validation_epochs validation_scheduler": (
+                looks, "does nothing without --validation_prompt"),
+            "num_validation_images": (looks or self.fidelity_model is not None,
+                                      "does nothing without --validation_prompt or --fidelity_model"),
+        }
 
     def check(self) -> None:
         """Raise InputError for a value that no run can use."""
@@ -196,7 +219,7 @@ class DreamBoothConfig(OtherModelOptions, RunConfig, LookOptions, LoopOptions, A
     def _check_folders(self) -> None:
         """A run moves away what an earlier one left in its folder; nothing that it reads may lie there."""
         model, subject, others, output = (
-            None if name in (None, "miniature", "meadow") else os.path.realpath(os.path.expanduser(name)) for name in
+            None if name in (None, "miniature", "meadow") else os.path.realpath(name) for name in
             (self.pretrained_model_name_or_path, self.instance_data_dir, self.class_data_dir, self.output_dir))
         require(output != model or output is None, "output_dir", self.output_dir,
                 "is the folder of the model; name another one")
@@ -241,13 +264,15 @@ class SourceOptions:
     """The model that draws."""
 
     model_path: str | None = option(
-        None, "model folder, Hub id or miniature; by default the one that the checkpoint or adapter was trained from")
-    revision: str | None = option(None, "git revision of a model on the Hub")
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
-    checkpoint: str | None = option(None, "a run's checkpoint-N folder, to draw with its weights")
-    lora_weights: str | None = option(None, "a folder or file with an adapter")
+        None, "model folder, Hub id or miniature; by default the one that the checkpoint or adapter was trained from",
+        path=True)
+    revision: str | None = option(None, "git revision of that model on the Hub")
+    variant: str | None = option(None, "variant of its weight files, such as fp16")
+    checkpoint: str | None = option(None, "a run's checkpoint-N folder, to draw with its weights", path=True)
+    lora_weights: str | None = option(None, "a folder or file with an adapter", path=True)
     lora_scale: float = option(1.0, "how much of the adapter is added; 0 is none")
-    save_pipeline: str | None = option(None, "also write the model, with checkpoint or adapter in it, as a folder")
+    save_pipeline: str | None = option(
+        None, "also write the model, with checkpoint or adapter in it, as a folder", path=True)
 
 
 @dataclass
@@ -255,7 +280,7 @@ class DrawingOptions:
     """What is drawn, how, and where it goes."""
 
     prompt: list[str] | None = option(None, "what to draw, or several; none for an unconditional model")
-    negative_prompt: str | None = option(None, "what not to draw")
+    negative_prompt: str | None = option(None, "what not to draw", may_be_empty=True)
     num_images: int = option(4, "pictures of each prompt")
     num_inference_steps: int = option(50, "steps of the solver")
     guidance_scale: float = option(7.5, "how much more the prompt counts than none; 1 is no guidance")
@@ -264,16 +289,17 @@ class DrawingOptions:
         None, "side of the pictures, in pixels; by default the model's own", aliases=["--resolution"])
     batch_size: int = option(4, "pictures at a time")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "by default fp16 on a GPU and no on a CPU")
-    output_dir: str = option("generated", "folder for the pictures; earlier ones stay")
+    output_dir: str = option("generated", "folder for the pictures; earlier ones stay", path=True)
 
 
 @dataclass
 class SheetOptions:
     """Several models on one sheet."""
 
-    compare_to: list[str] | None = option(None, "more models; then all draw the same on one sheet, comparison.png")
+    compare_to: list[str] | None = option(
+        None, "more models; then all draw the same on one sheet, comparison.png", path=True)
     instance_data_dir: str | None = option(
-        None, "folder with pictures of the subject, for the top of that sheet, or meadow")
+        None, "folder with pictures of the subject, for the top of that sheet, or meadow", path=True)
 
 # %% ../../nbs/workshop/87_dreambooth_config.ipynb #b496515b
 @dataclass
@@ -291,6 +317,22 @@ class GenerationConfig(SheetOptions, DrawingOptions, SourceOptions):
                 "comes with weights of its own; leave out --lora_weights")
         require(self.instance_data_dir is None or self.compare_to is not None, "instance_data_dir",
                 self.instance_data_dir, "belongs to the sheet of --compare_to MODEL …")
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the model that draws first has an adapter: one of its own, or that of a run's checkpoint."""
+        name = "pytorch_lora_weights.safetensors"
+        return self.lora_weights is not None or os.path.isfile(os.path.join(self.checkpoint or "", name))
+
+    def needs(self) -> dict[str, tuple[bool, str]]:
+        """Which fields have an effect only with others; see `idle_notes`."""
+        draws = self.prompt is not None or self.save_pipeline is None
+        return _of_the_hub(self.model_path) | {
+            "lora_scale": (self.has_adapter or self.compare_to is not None, "does nothing without an adapter"),
+            "negative_prompt": (self.guidance_scale > 1, f"does nothing with --guidance_scale {self.guidance_scale}"),
+            "num_images num_inference_steps guidance_scale seed size batch_size mixed_precision output_dir": (
+                draws, "does nothing without --prompt: a model is written, and nothing is drawn"),
+        }
 
 
 def parse_generation(argv: Sequence[str]) -> GenerationConfig:

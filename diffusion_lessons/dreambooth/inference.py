@@ -11,7 +11,8 @@ __all__ = ['CAPTION_WORDS', 'missing_word_notes', 'writing_into', 'next_number',
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .loading import loading_of, run_config, save_as_model
 from .subject import identifier_words, instance_source, middle, read_pictures, words_of
 from ..engine.checkpoints import without_warnings
 from ..engine.commands import run_command
-from ..engine.config import InputError, require
+from ..engine.config import InputError, given_fields, idle_notes, require
 from ..engine.precision import drawing_precision
 from ..engine.tracking import say
 from ..pictures.sheets import comparison_sheet
@@ -103,7 +104,7 @@ def about_pictures(config: GenerationConfig, base: str) -> list[dict[str, Any]]:
     for name in ("checkpoint", "lora_weights"):
         if getattr(config, name) is not None:
             same[name] = model_name(getattr(config, name))
-    if config.lora_weights is not None:
+    if config.has_adapter:
         same["lora_scale"] = config.lora_scale
     if config.negative_prompt is not None:
         same["negative_prompt"] = config.negative_prompt
@@ -123,10 +124,15 @@ def draw_prompts(pipeline: StableDiffusionPipeline, config: GenerationConfig) ->
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #a08242fe
 def load_other(path: str, base: str, config: GenerationConfig) -> StableDiffusionPipeline:
-    """One more model for a sheet: a model, or a checkpoint or adapter on the model that it was trained from."""
+    """One more model for a sheet: a model, or a checkpoint or adapter on the model that it was trained from.
+
+    base: the model of the first row; revision and variant are that one's, and say nothing about others.
+    """
+    of_others = replace(config, revision=None, variant=None)
     if path == "miniature" or not Path(path).exists() or (Path(path) / "model_index.json").is_file():
-        return load_for_drawing(path, config)
-    base = run_config(path).get("pretrained_model_name_or_path") or base
+        return load_for_drawing(path, config if path == base else of_others)
+    trained_from = run_config(path).get("pretrained_model_name_or_path") or base
+    config, base = config if trained_from == base else of_others, trained_from
     if Path(path).is_file():
         return load_for_drawing(base, config, lora_weights=path)
     return load_for_drawing(base, config, checkpoint=path)
@@ -158,7 +164,11 @@ def is_unconditional(name_or_path: str, revision: str | None = None) -> bool:
 
 
 def check_wordless(config: GenerationConfig) -> None:
-    """Raise InputError for what has no meaning to a model that takes no prompt."""
+    """Raise InputError for what has no meaning to a model that takes no prompt; name what changes nothing."""
+    given = {each.name for each in fields(config) if getattr(config, each.name) != each.default}
+    idle = "negative_prompt guidance_scale lora_scale mixed_precision revision variant"
+    for note in idle_notes(config, given, {idle: (False, "does nothing: the model is unconditional")}):
+        say(f"note: {note}")
     require(config.prompt is None, "prompt", config.prompt, "the model takes none: it is unconditional; leave it out")
     for name in ("negative_prompt", "variant", "checkpoint", "lora_weights", "compare_to", "save_pipeline"):
         require(getattr(config, name) is None, name, getattr(config, name), "is for Stable Diffusion; leave it out")
@@ -185,11 +195,16 @@ def generate_unconditional(config: GenerationConfig) -> None:
     say(f"{len(paths)} pictures are in {config.output_dir}")
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #1caf06e6
-def generate(config: GenerationConfig) -> None:
-    """Draw what the config says and save it; raises InputError for whatever cannot be used."""
+def generate(config: GenerationConfig, given: Iterable[str] = ()) -> None:
+    """Draw what the config says and save it; raises InputError for whatever cannot be used.
+
+    given: names of the fields that somebody gave; those of them that do nothing are named.
+    """
     if config.model_path is not None and is_unconditional(config.model_path, config.revision):
         generate_unconditional(config)
         return
+    for note in idle_notes(config, given):
+        say(f"note: {note}")
     check_before_drawing(config)
     base, added = find_base(config), config.checkpoint or config.lora_weights
     pipeline = load_for_drawing(base, config, config.checkpoint, config.lora_weights)
@@ -234,7 +249,12 @@ def save_drawn_model(config: GenerationConfig, base: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `generate-images`; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return run_command("generate-images", lambda: generate(parse_generation(words)))
+
+    def run() -> None:
+        config = parse_generation(words)
+        generate(config, given_fields(words, (GenerationConfig,), "generate-images"))
+
+    return run_command("generate-images", run)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a learner's kernel

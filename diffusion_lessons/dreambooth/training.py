@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_model', 'load_for_training', 'model_notes', 'settle_seed', 'find_sources', 'choose_loss', 'Watch',
            'write_result', 'loads_in_half', 'card_usage', 'card_text', 'finish', 'Ingredients', 'gather', 'train',
-           'Measured', 'measure_run', 'dry_run', 'check_before_work', 'run_dreambooth', 'main']
+           'Measured', 'measure_run', 'dry_run', 'disk_needed', 'check_before_work', 'run_dreambooth', 'main']
 
 # %% ../../nbs/dreambooth/37_train.ipynb #58a19b4e
 import secrets
@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch.utils.data import DataLoader
 
+from ..engine.checkpointer import check_resume, space_note
 from ..engine.checkpoints import find_checkpoint, list_checkpoints
 from ..engine.commands import launch, training_command
 from ..engine.config import InputError, LaunchOptions
@@ -31,7 +32,8 @@ from .lora import AdapterFile, adapter_size, save_adapters
 from .memory import choose_models, networks_of, precision_plan
 from .class_images import check_class_folder, ensure_class_images, generation_recipe
 from .class_images import missing_numbers, recipe_key
-from .fidelity import FidelityTable, forget_rows, keep_advice, load_encoder, make_table
+from .fidelity import FidelityTable, check_encoder, forget_rows, keep_advice
+from .fidelity import load_encoder, make_table
 from .prior import prior_preservation_loss
 from .subject import SubjectData, instance_source, load_subject
 from ..pictures.sets import Source
@@ -45,7 +47,7 @@ from ..stable_diffusion.folder import COPY_AGAIN, NETWORKS, find_model, load_pip
 from ..stable_diffusion.folder import network_fingerprints, read_json
 from ..stable_diffusion.prompts import find_tokenizer
 from ..stable_diffusion.drawing import ready_to_draw, training_scheduler
-from ..stable_diffusion.folder import weights_dtype, write_model
+from ..stable_diffusion.folder import weight_files, weights_dtype, write_model
 from ..engine.publishing import check_login, push_to_hub, save_parts, write_model_card
 from ..diffusion.sampling import make_sampler
 from ..engine.tracking import check_tracker, say
@@ -361,19 +363,35 @@ def dry_run(config: DreamBoothConfig, num_processes: int = 1) -> str:
             f"time: about {minutes:.1f} minutes ({seconds:.3f} s a micro-step, measured), class images and validation "
             "aside")
 
+# %% ../../nbs/dreambooth/37_train.ipynb #f8a3ab0d
+def disk_needed(config: DreamBoothConfig, folder: Path) -> tuple[int, int]:
+    """About how many bytes a checkpoint and the finished model take, by the files of the model in a folder."""
+    def in_32_bits(name: str) -> int:
+        size = sum(file.stat().st_size for file in weight_files(folder / name, config.variant))
+        return size * (1 if weights_dtype(folder / name, config.variant) == "F32" else 2)
+
+    trained = in_32_bits("unet") + (in_32_bits("text_encoder") if config.train_text_encoder else 0)
+    moments = trained // 2 if config.use_8bit_adam else 2 * trained
+    return trained * (2 if config.use_ema else 1) + moments, trained + in_32_bits("vae")
+
 # %% ../../nbs/dreambooth/37_train.ipynb #2eb7df07
 def check_before_work(config: DreamBoothConfig) -> None:
-    """Find mistakes that need no network: folders, the tracker, the login, the model's parts, the pictures' names."""
+    """Find mistakes that need no network: folders, a resume, tracker and login, the models' parts, pictures' names."""
     config = config.resolve()
     check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
+    check_resume(config)
     check_tracker(config.report_to)
     check_login(config)
-    if config.resume_from_checkpoint not in (None, "latest"):
-        find_checkpoint(config.output_dir, config.resume_from_checkpoint)
     instance_source(config.instance_data_dir, config.resolution)
     if config.with_prior_preservation:
         check_class_folder(config.class_data_dir)
-    find_model(config.pretrained_model_name_or_path, config.revision, config.variant)
+    check_encoder(config.fidelity_model)
+    if config.tokenizer_name:
+        find_tokenizer(config.tokenizer_name, config.revision)
+    folder = find_model(config.pretrained_model_name_or_path, config.revision, config.variant)
+    note = None if config.lora else space_note(config.output_dir, *disk_needed(config, folder))
+    if note is not None:
+        say(f"note: {note}")
 
 
 def run_dreambooth(config: DreamBoothConfig, options: LaunchOptions) -> None:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LR_SCHEDULERS', 'TRACKERS', 'Config', 'HELP_WIDTH', 'HELP_INDENT', 'NO_BREAK', 'InputError', 'closest', 'option',
-           'check_type', 'check_fields', 'require', 'OutputOptions', 'BatchOptions', 'LearningRateOptions',
-           'OptimizerOptions', 'DeviceOptions', 'AveragingOptions', 'CheckpointOptions', 'TrackingOptions',
-           'HubOptions', 'RunConfig', 'read_config_file', 'public_fields', 'shown_fields', 'save_config', 'load_config',
-           'field_groups', 'describe_flag', 'LaunchOptions', 'CommandParser', 'given_fields', 'parse_command_line']
+           'check_type', 'expanded', 'check_text', 'check_fields', 'require', 'OutputOptions', 'BatchOptions',
+           'LearningRateOptions', 'OptimizerOptions', 'DeviceOptions', 'AveragingOptions', 'CheckpointOptions',
+           'TrackingOptions', 'HubOptions', 'RunConfig', 'read_config_file', 'public_fields', 'shown_fields',
+           'save_config', 'load_config', 'field_groups', 'describe_flag', 'idle_notes', 'LaunchOptions',
+           'CommandParser', 'given_fields', 'parse_command_line']
 
 # %% ../../nbs/workshop/60_config.ipynb #4a16123d
 import copy
@@ -18,11 +19,11 @@ import json
 import os
 import textwrap
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -38,14 +39,17 @@ def closest(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {matches[0]}?" if matches else ""
 
 # %% ../../nbs/workshop/60_config.ipynb #05db913a
-def option(default: Any, help: str, *, aliases: Sequence[str] = (), fixed: bool = False, secret: bool = False) -> Any:
+def option(default: Any, help: str, *, aliases: Sequence[str] = (), fixed: bool = False, secret: bool = False,
+           path: bool = False, may_be_empty: bool = False) -> Any:
     """Declare one field of a run's config.
 
     default: the value when nobody says otherwise. help: one sentence, with its unit.
     aliases: further flags for the same field, such as `--resolution`.
     fixed: may change on resume only with `--force_resume`. secret: never saved, printed or tracked.
+    path: names a file or folder, perhaps; `~` is the home folder, and a `Path` will do. may_be_empty: so may the text.
     """
-    metadata = {"help": help, "aliases": list(aliases), "fixed": fixed, "secret": secret}
+    metadata = {"help": help, "aliases": list(aliases), "fixed": fixed, "secret": secret, "path": path,
+                "may_be_empty": may_be_empty}
     return field(default=default, repr=not secret, metadata=metadata)
 
 # %% ../../nbs/workshop/60_config.ipynb #1f91f066
@@ -87,11 +91,36 @@ def check_type(name: str, value: Any, annotation: Any) -> Any:
     return value
 
 
+def expanded(value: Any) -> Any:
+    """Return a path as text, with the home folder for a leading `~`; of several each, of anything else itself."""
+    if isinstance(value, list | tuple):
+        return [expanded(each) for each in value]
+    if not isinstance(value, str | os.PathLike):
+        return value
+    path = os.path.expanduser(value)
+    # Who names a folder `./~` means it; pathlib would drop the `./`, and a library then expand the rest.
+    return os.path.abspath(path) if os.path.normpath(path).startswith("~") and path[0] == "." else path
+
+
+def check_text(name: str, text: str, path: bool, may_be_empty: bool) -> None:
+    """Raise InputError for a text that says nothing, and for one with bytes that are no text; paths may have those."""
+    require(may_be_empty or bool(text.strip()), name, repr(text), "is empty; give it a value or leave it out")
+    require(path or text.isascii() or text.encode("utf-8", "ignore").decode() == text, name, ascii(text),
+            "holds bytes that are no UTF-8; write it in this terminal's encoding")
+
+
 def check_fields(config: Any) -> None:
-    """Bring every field of a dataclass instance to its declared type; raises InputError as `check_type` does."""
+    """Bring every field of a dataclass instance to its declared type, paths to texts that the system understands.
+
+    Raises InputError as `check_type` does, and for empty texts.
+    """
     hints = get_type_hints(type(config))
     for each in fields(config):
-        setattr(config, each.name, check_type(each.name, getattr(config, each.name), hints[each.name]))
+        value, path = getattr(config, each.name), each.metadata.get("path", False)
+        value = check_type(each.name, expanded(value) if path else value, hints[each.name])
+        for text in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
+            check_text(each.name, text, path, each.metadata.get("may_be_empty", False))
+        setattr(config, each.name, value)
 
 
 def require(holds: bool, name: str, value: Any, remedy: str) -> None:
@@ -104,7 +133,8 @@ def require(holds: bool, name: str, value: Any, remedy: str) -> None:
 class OutputOptions:
     """Where the run writes."""
 
-    output_dir: str = option("outputs/run", "folder for samples, logs, checkpoints and the finished pipeline")
+    output_dir: str = option(
+        "outputs/run", "folder for samples, logs, checkpoints and the finished pipeline", path=True)
     overwrite_output_dir: bool = option(True, "replace an earlier run in output_dir, never a foreign folder")
 
 # %% ../../nbs/workshop/60_config.ipynb #577c5058
@@ -172,8 +202,10 @@ class CheckpointOptions:
     """Checkpoints and resuming."""
 
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
-    checkpoints_total_limit: int | None = option(None, "keep so many checkpoints; old ones go when a new one is safe, those of a branch that was left first")
-    resume_from_checkpoint: str | None = option(None, "latest, checkpoint-N or a path: go on from there, exactly")
+    checkpoints_total_limit: int | None = option(
+        None, "keep so many checkpoints; old ones go when a new one is safe, those of a branch that was left first")
+    resume_from_checkpoint: str | None = option(
+        None, "latest, checkpoint-N or a path: go on from there, exactly", path=True)
     force_resume: bool = option(False, "resume although model, data or seed differ (the run is then a new one)")
 
 # %% ../../nbs/workshop/60_config.ipynb #2599237c
@@ -185,7 +217,7 @@ class TrackingOptions:
     """What is logged, and where."""
 
     report_to: TRACKERS = option("tensorboard", "tracker of loss, learning rate and samples", aliases=["--logger"])
-    logging_dir: str = option("logs", "folder of the tracker, inside output_dir")
+    logging_dir: str = option("logs", "folder of the tracker, inside output_dir", path=True)
     logging_steps: int = option(10, "optimizer steps between reading the loss from the device and logging it")
 
 # %% ../../nbs/workshop/60_config.ipynb #cd4af693
@@ -214,6 +246,7 @@ class RunConfig(HubOptions, TrackingOptions, CheckpointOptions, AveragingOptions
             return self
         resolved = copy.copy(self)
         resolved._declared = self
+        check_fields(resolved)  # a notebook may have changed a field since
         resolved.fill_in()
         return resolved
 
@@ -235,6 +268,26 @@ class RunConfig(HubOptions, TrackingOptions, CheckpointOptions, AveragingOptions
     def fill_in(self) -> None:
         """Set the fields that depend on others; called on the copy that `resolve` returns, overridden by subclasses."""
 
+    def needs(self) -> dict[str, tuple[bool, str]]:
+        """Which fields have an effect only with others: whether they have it in this resolved config, and what to say.
+
+        By the names of fields, with blanks between several; extended by subclasses. See `idle_notes`.
+        """
+        kind, longer = self.lr_scheduler, self.max_train_steps is None
+        return {
+            "ema_inv_gamma ema_power ema_max_decay": (self.use_ema, "does nothing without --use_ema"),
+            "lr_warmup_steps": (kind != "constant", "does nothing with --lr_scheduler constant; that with a warm-up is "
+                                                    "constant_with_warmup"),
+            "lr_num_cycles": (kind == "cosine_with_restarts", f"does nothing with --lr_scheduler {kind}; "
+                                                              "cosine_with_restarts has cycles"),
+            "lr_power": (kind == "polynomial", f"does nothing with --lr_scheduler {kind}; polynomial has a power"),
+            "min_lr_rate": (kind == "cosine", f"does nothing with --lr_scheduler {kind}; it is the cosine's end"),
+            "num_epochs num_train_epochs": (longer, f"does nothing with --max_train_steps {self.max_train_steps}, "
+                                                    "which decides"),
+            "hub_model_id hub_private_repo hub_token": (self.push_to_hub, "does nothing without --push_to_hub"),
+            "force_resume": (self.resume_from_checkpoint is not None, "does nothing without --resume_from_checkpoint"),
+        }
+
     def check(self) -> None:
         """Raise InputError for a value that no run can use; called on a resolved copy, extended by subclasses."""
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
@@ -248,24 +301,45 @@ class RunConfig(HubOptions, TrackingOptions, CheckpointOptions, AveragingOptions
             require(value is None or value >= 0, name, value, "must be 0 or more")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "min_lr_rate"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
-        require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
-        require(not self.push_to_hub or self.hub_token is not None or os.environ.get("HF_HUB_OFFLINE") != "1",
-                "push_to_hub", True, "HF_HUB_OFFLINE=1 is set; unset it, or upload later with `hf upload`")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # a token does not help
+            set_to = os.environ.get(name, "")
+            require(not self.push_to_hub or set_to.upper() not in ("1", "ON", "YES", "TRUE"), "push_to_hub", True,
+                    f"{name}={set_to} is set; unset it, or upload later with `hf upload`")
 
 # %% ../../nbs/workshop/60_config.ipynb #1f58e3b1
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def read_config_file(path: str | Path, config_class: type[RunConfig]) -> dict[str, Any]:
-    """Read the fields in a YAML or JSON file, aliases resolved; raise InputError naming the file and the field."""
-    path = Path(path)
+def _parse_file(path: Path) -> tuple[Any, Any]:
+    """What a JSON or YAML file holds, and the same with every YAML scalar as the text that was written."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            content = json.loads(text)
+            return content, content
+        return yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # neither loader builds objects
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: cannot be read ({error.__class__.__name__}); check the path") from None
-    except yaml.YAMLError as error:
-        where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else getattr(error, "lineno", None)
+        where = f" at line {line}" if line else ""
         raise InputError(f"--config {path}: is not valid YAML or JSON{where}") from None
+
+
+def _as_written(value: Any, written: Any, annotation: Any) -> Any:
+    """The value of a field in a file; where a text is wanted, YAML's `no`, 1.50 and 2024-05-01 are texts, too."""
+    plain, _ = _allowed_types(annotation)
+    if isinstance(value, list) and list[str] in plain:
+        return [_as_written(each, text, str) for each, text in zip(value, written, strict=True)]
+    wanted = str in plain or list[str] in plain
+    return written if wanted and value is not None and not isinstance(value, str | list | dict) else value
+
+
+def read_config_file(path: str | Path, config_class: type[RunConfig]) -> dict[str, Any]:
+    """Read the fields in a YAML or JSON file, aliases resolved; raise InputError naming the file and the field."""
+    path = Path(expanded(path))
+    content, written = _parse_file(path)
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: must hold `field: value` lines")
     names = {each.name: each.name for each in fields(config_class)}
@@ -273,7 +347,9 @@ def read_config_file(path: str | Path, config_class: type[RunConfig]) -> dict[st
     for name in content:
         if name not in names:
             raise InputError(f"--config {path}: unknown field {name!r}.{closest(str(name), list(names))}")
-    return {names[name]: value for name, value in content.items()}
+    hints = get_type_hints(config_class)
+    return {names[name]: _as_written(value, written.get(name, value), hints[names[name]])
+            for name, value in content.items()}
 
 
 def public_fields(config: RunConfig) -> dict[str, Any]:
@@ -297,7 +373,8 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     partial = Path(f"{path}.partial")
     of_this_start = ("resume_from_checkpoint", "force_resume")  # a later start with this file must not repeat them
     content = {name: value for name, value in public_fields(config.declared).items() if name not in of_this_start}
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=os.fspath) + "\n"
+    partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # what is no UTF-8 becomes JSON's own escape
     os.replace(partial, path)
 
 
@@ -333,21 +410,41 @@ def describe_flag(each: Field, annotation: Any) -> list[str]:
              *wrap(meaning, initial_indent=" " * HELP_INDENT, subsequent_indent=" " * HELP_INDENT)]
     return [line.replace(NO_BREAK, " ") for line in lines]
 
+# %% ../../nbs/workshop/60_config.ipynb #70ad6d1b
+def idle_notes(config: Any, given: Iterable[str], needs: Mapping[str, tuple[bool, str]] | None = None) -> list[str]:
+    """Name each field that was given and has no effect: `--ema_power 0.9: does nothing without --use_ema`.
+
+    config: resolved. given: names of the fields that somebody gave. needs: by default `config.needs()`.
+    """
+    metadata, notes = {each.name: each.metadata for each in fields(config)}, []
+    for names, (has_effect, text) in (config.needs() if needs is None else needs).items():
+        for name in names.split():
+            value = getattr(getattr(config, "declared", config), name, None)
+            if name in given and not has_effect and value is not None and value is not False:
+                notes.append(f"--{name}{'' if metadata[name].get('secret') else f' {value}'}: {text}")
+    return notes
+
 # %% ../../nbs/workshop/60_config.ipynb #d501afa5
 @dataclass
 class LaunchOptions:
     """How the command starts."""
 
     preset: str | None = option(None, "a named set of values")
-    config: str | None = option(None, "a YAML or JSON file of fields; flags go over it")
+    config: str | None = option(None, "a YAML or JSON file of fields; flags go over it", path=True)
     num_processes: int = option(1, "processes on this machine, started through Accelerate's notebook_launcher")
     dry_run: bool = option(False, "print the steps, memory and estimated time, then stop")
+    notes: ClassVar[Sequence[str]] = ()  # what the command should say before it begins
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class CommandParser(HfArgumentParser):
     """HfArgumentParser with a help in groups, and mistakes as an InputError: one line, with the closest flag."""
 
-    def add_argument(self, *flags: str, fixed: bool = False, secret: bool = False, **settings: Any) -> Any:
+    def add_argument(self, *flags: str, **settings: Any) -> Any:
+        for mark in ("fixed", "secret", "path", "may_be_empty"):  # our own; argparse knows nothing of them
+            settings.pop(mark, None)
         kind = settings.get("type")
         if kind in (int, float, str):  # "None" means None; which field may be None, the config's own check knows
 
@@ -356,7 +453,7 @@ class CommandParser(HfArgumentParser):
 
             read.__name__ = kind.__name__  # argparse names it in "invalid float value"
             settings["type"] = read
-        return super().add_argument(*flags, **settings)  # argparse knows nothing of our two marks
+        return super().add_argument(*flags, **settings)
 
     def format_help(self) -> str:
         lines = [f"usage: {self.prog} [--flag VALUE ...]", "", *textwrap.wrap(self.description or "", HELP_WIDTH)]
@@ -370,7 +467,9 @@ class CommandParser(HfArgumentParser):
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments: "):
             word = message.split(": ", 1)[1].split()[0].split("=")[0]
-            message = f"{word}: unknown flag.{closest(word, list(self._option_string_actions))} --help lists them all"
+            hint = f"unknown flag.{closest(word, list(self._option_string_actions))} --help lists them all"
+            stray = "belongs to no flag; put quotes around a text of several words"
+            message = f"{word}: {hint if word.startswith('-') else stray}"
         raise InputError(message.removeprefix("argument "))
 
 
@@ -382,7 +481,18 @@ def given_fields(argv: Sequence[str], classes: Sequence[type], prog: str, descri
     parser = CommandParser(list(classes), prog=prog, description=description, allow_abbrev=False)
     names = [each.name for kind in classes for each in fields(kind)]
     given = vars(parser.parse_args(list(argv), Namespace(**dict.fromkeys(names, MISSING))))
-    return {name: value for name, value in given.items() if value is not MISSING}
+    paths = {each.name for kind in classes for each in fields(kind) if each.metadata["path"]}
+    for name in given.keys() - paths:
+        _check_quoted(name, given[name])
+    return {name: None if value == [None] else value for name, value in given.items() if value is not MISSING}
+
+
+def _check_quoted(name: str, words: Any) -> None:
+    """Raise InputError for several texts of one word each: nearly surely one sentence without its quotes."""
+    if isinstance(words, list) and len(words) > 1 and not any(" " in str(word).strip() for word in words):
+        sentence = " ".join(map(str, words))
+        raise InputError(f"--{name} {sentence}: is {len(words)} texts of one word each; put quotes around a text: "
+                         f"--{name} {json.dumps(sentence, ensure_ascii=False)}")
 
 
 def parse_command_line(
@@ -400,5 +510,15 @@ def parse_command_line(
     if launch.preset is not None and launch.preset not in presets:
         raise InputError(f"--preset {launch.preset}: choose one of {', '.join(presets)}")
     require(launch.num_processes >= 1, "num_processes", launch.num_processes, "must be 1 or more")
-    given = (read_config_file(launch.config, config_class) if launch.config else {}) | typed
-    return config_class(**config_class.over_preset(presets.get(launch.preset, {}), given)), launch
+    read = read_config_file(launch.config, config_class) if launch.config else {}
+    config = config_class(**config_class.over_preset(presets.get(launch.preset, {}), read | typed))
+    if isinstance(config, RunConfig):
+        launch.notes = idle_notes(config.resolve(), {*typed, *_chosen(config, read, presets.values())})
+    return config, launch
+
+
+def _chosen(config: RunConfig, names: Iterable[str], presets: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Of the fields in a file, the chosen ones; a saved run names all, with defaults and a preset's values."""
+    defaults = config.defaults()
+    return {name for name in names if getattr(config, name) not in
+            [defaults[name], *(preset[name] for preset in presets if name in preset)]}

@@ -36,6 +36,8 @@ def choose_precision(wanted: str | None, device_type: str) -> str:
     """
     by_device = "fp16" if device_type in ("cuda", "xpu") else "no"
     chosen = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION") or by_device
+    if chosen not in ("no", *HALF):  # Accelerate knows more
+        raise InputError(f"--mixed_precision {chosen}: comes from ACCELERATE_MIXED_PRECISION; add no, fp16 or bf16")
     if chosen == "fp16" and device_type == "cpu":
         raise InputError("--mixed_precision fp16: needs a GPU and this machine has none; take bf16 or no")
     return chosen

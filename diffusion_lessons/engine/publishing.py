@@ -95,7 +95,7 @@ def write_model_card(
             f"## Training\n\nTrained with Diffusion Lessons. Settings that differ from the defaults:\n\n"
             f"```json\n{settings}\n```\n")
     path = output_dir / "README.md"
-    ModelCard(text).save(path)
+    ModelCard(text.encode("utf-8", "backslashreplace").decode()).save(path)  # names of files need not be UTF-8
     return path
 
 # %% ../../nbs/workshop/70_publishing.ipynb #eddba592

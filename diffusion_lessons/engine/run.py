@@ -18,12 +18,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .checkpointer import Checkpointer, ModelFolders, Position, last_checkpoint_text
-from .commands import RunFailed, StopSignals
+from .commands import RunFailed, StopSignals, lasting_output
 from .config import RunConfig, public_fields, save_config
 from .data import count_batches, fingerprint_of, held_on, mixed_seed, repeatable
 from .devices import agreed_signal, forget_accelerator, make_accelerator
 from .devices import on_main, out_of_memory_named, seed_all
-from .optimization import Steps, TrainState, count_steps, schedule_warning
+from .optimization import Steps, TrainState, count_steps, schedule_warning, warmup_warning
 from .output_folder import CONFIG_NAME, OutputFolder, samples_path, set_aside_samples
 from .precision import Phase
 from .tracking import LossLog, ProgressMeter, end_trackers, log_image, say, start_tracker
@@ -235,7 +235,8 @@ def compose_run(config: RunConfig, models: Mapping[str, torch.nn.Module], optimi
     steps = count_steps(count_batches(dataloader, processes), config.gradient_accumulation_steps, num_epochs,
                         config.max_train_steps)
     # Accelerate steps a given schedule once per process, because its length was counted on the undivided data.
-    warning = schedule_warning(lr_scheduler, steps.total * processes) if lr_scheduler is not None else None
+    warning = (warmup_warning(config, steps.total) if lr_scheduler is None
+               else schedule_warning(lr_scheduler, steps.total * processes))
     if warning:
         say(f"warning: {warning}")
     about = {"total_steps": steps.total, "steps_per_epoch": steps.per_epoch, "num_processes": processes,
@@ -276,7 +277,7 @@ def announce(run: Run) -> None:
 # %% ../../nbs/workshop/69_run.ipynb #92da2938
 @contextlib.contextmanager
 def watching_signals(run: Run) -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM are noted; the run ends after its step, with a checkpoint."""
+    """Within the block SIGINT, SIGTERM and SIGHUP are noted; the run ends after its step, with a checkpoint."""
     with run.stop:
         try:
             yield
@@ -304,6 +305,7 @@ def start_run(
     """
     config = config.resolve()
     with contextlib.ExitStack() as closing:
+        closing.enter_context(lasting_output())
         output, resuming = OutputFolder(config.output_dir), config.resume_from_checkpoint is not None
         closing.callback(output.release)  # the last thing: until they end, trackers write there
         if accelerator is None:

@@ -85,7 +85,7 @@ def measure_scale(model: AutoencoderKL, images: ImageSet, num_images: int = 1000
 class AutoencoderConfig(StageConfig):
     """Training of the autoencoder, or, with the encoder frozen, of its decoder alone."""
 
-    output_dir: str = option("outputs/miniature/autoencoder", "folder for samples, logs and checkpoints")
+    output_dir: str = option("outputs/miniature/autoencoder", "folder for samples, logs and checkpoints", path=True)
     train_batch_size: int = option(8, "pictures per micro-step", fixed=True)
     max_train_steps: int | None = option(9000, "optimizer steps in all")
     learning_rate: float = option(2e-3, "peak learning rate of AdamW")

@@ -240,8 +240,10 @@ def render_scenes(
 class StageConfig(RunConfig):
     """What the training of every part of the miniature has: its pictures, and the folder where the parts meet."""
 
-    model_dir: str = option("outputs/miniature/model", "folder that collects the trained parts and offers earlier ones")
-    data_dir: str | None = option("outputs/miniature/renders", "keeps the drawn pictures; None draws them anew")
+    model_dir: str = option(
+        "outputs/miniature/model", "folder that collects the trained parts and offers earlier ones", path=True)
+    data_dir: str | None = option(
+        "outputs/miniature/renders", "keeps the drawn pictures; None draws them anew", path=True)
     num_train_images: int = option(20_000, "pictures to draw from the meadow", fixed=True)
     sample_steps: int = option(1000, "optimizer steps between looks at what the part can do")
     lr_warmup_steps: int = option(100, "optimizer steps of linear warm-up")

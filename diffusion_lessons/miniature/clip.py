@@ -98,7 +98,7 @@ def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, model_dir: str | Path)
 class ClipConfig(StageConfig):
     """Training of the two towers."""
 
-    output_dir: str = option("outputs/miniature/clip", "folder for logs and checkpoints")
+    output_dir: str = option("outputs/miniature/clip", "folder for logs and checkpoints", path=True)
     train_batch_size: int = option(64, "pictures per micro-step, each a wrong answer for the others", fixed=True)
     max_train_steps: int | None = option(3000, "optimizer steps in all")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")

@@ -67,12 +67,12 @@ def soften(images: Tensor, generator: torch.Generator) -> Tensor:
 class JudgeConfig(StageConfig):
     """Training of the judge, on pictures of its own."""
 
-    output_dir: str = option("outputs/miniature/judge", "folder for logs and checkpoints")
+    output_dir: str = option("outputs/miniature/judge", "folder for logs and checkpoints", path=True)
     seed: int = option(2, "seed of the weights and of the pictures, which no other part has seen", fixed=True)
     train_batch_size: int = option(64, "pictures per micro-step", fixed=True)
     max_train_steps: int | None = option(2500, "optimizer steps in all")
     learning_rate: float = option(2e-3, "peak learning rate of AdamW")
-    judge_dir: str = option("outputs/miniature/judge/model", "folder that the finished judge goes to")
+    judge_dir: str = option("outputs/miniature/judge/model", "folder that the finished judge goes to", path=True)
 
     def check(self) -> None:
         """Raise InputError for a value that the judge cannot be trained with."""

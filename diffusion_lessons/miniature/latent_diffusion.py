@@ -90,7 +90,7 @@ def make_pipeline(
 class DiffusionConfig(StageConfig):
     """Training of the text-conditioned UNet on latents."""
 
-    output_dir: str = option("outputs/miniature/unet", "folder for samples, logs and checkpoints")
+    output_dir: str = option("outputs/miniature/unet", "folder for samples, logs and checkpoints", path=True)
     train_batch_size: int = option(16, "pictures per micro-step", fixed=True)
     max_train_steps: int | None = option(13_000, "optimizer steps in all")
     learning_rate: float = option(8e-4, "peak learning rate of AdamW")

@@ -30,7 +30,7 @@ from transformers import CLIPTokenizer, ResNetForImageClassification
 
 from ..engine.checkpoints import atomic_folder, write_json
 from ..engine.commands import run_command
-from ..engine.config import InputError, option, parse_command_line, require
+from ..engine.config import InputError, check_fields, option, parse_command_line, require
 from ..engine.tracking import say
 from .autoencoder import AutoencoderConfig, psnr, reconstruct, train_autoencoder
 from .captions import HELD_OUT, all_captions, encode_attributes, render_scenes
@@ -153,10 +153,14 @@ def measure(pipeline: StableDiffusionPipeline, judge: ResNetForImageClassificati
 class AssemblyConfig:
     """Where the trained parts are and where the finished model goes."""
 
-    work_dir: str = option("outputs/miniature", "the folder that the stages worked in")
-    destination: str = option("outputs/miniature/finished", "folder for the finished model, its judge and its record")
+    work_dir: str = option("outputs/miniature", "the folder that the stages worked in", path=True)
+    destination: str = option(
+        "outputs/miniature/finished", "folder for the finished model, its judge and its record", path=True)
     num_renders: int = option(1000, "pictures that `measure` draws for the judge and the autoencoder")
     num_seeds: int = option(12, "pictures that `measure` generates for each held-out prompt")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 def in_half(model: torch.nn.Module, folder: Path) -> None:
     """Save a model's weights in 16 bits, with a config that has them loaded in 32."""
@@ -277,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                                              {stage: STAGES[stage].differs}, f"diffusion_lessons.miniature {stage}")
         require(options.num_processes == 1, "num_processes", options.num_processes, "a stage runs in one process")
         require(not options.dry_run, "dry_run", True, "a stage has no dry run; try it with --max_train_steps 10")
+        for note in options.notes:
+            say(f"note: {note}")
         STAGES[stage].run(config)
 
     return run_command("miniature", run)
