@@ -120,7 +120,7 @@ def test_prior_preservation_generates_the_missing_class_images(with_text_encoder
     pictures = sorted((with_text_encoder.parent / "class").glob("*.png"))
     assert len(pictures) == 3 and len({path.read_bytes() for path in pictures}) == 3
     assert all(Image.open(path).size == (64, 64) for path in pictures), "at the model's own size"
-    about = json.loads((with_text_encoder.parent / "class" / "class_images.json").read_text())
+    (about,) = json.loads((with_text_encoder.parent / "class" / "class_images.json").read_text()).values()
     assert about["prompt"] == CLASS
 
 
