@@ -144,9 +144,9 @@ def largest_difference(one: Path, two: Path) -> float:
     from safetensors.torch import load_file
 
     def weights(folder: Path) -> dict[str, Any]:
-        files = [path for path in sorted(folder.rglob("*.safetensors")) if "checkpoint-" not in str(path)]
-        return {f"{path.relative_to(folder)}:{name}": weight for path in files
-                for name, weight in load_file(path).items()}  # fmt: skip
+        files = [path.relative_to(folder) for path in sorted(folder.rglob("*.safetensors"))]
+        return {f"{path}:{name}": weight for path in files if not path.parts[0].startswith("checkpoint-")
+                for name, weight in load_file(folder / path).items()}  # fmt: skip
 
     first, second = weights(one), weights(two)
     if first.keys() != second.keys() or not first:
@@ -496,7 +496,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scripts", type=Path, help="folder with train_dreambooth.py and train_dreambooth_lora.py")
     parser.add_argument("--minutes", type=float, default=8, help="for everything (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="keep the model and the runs here; by default a temporary folder")
-    parser.add_argument("--results", type=Path, default=measuring.RESULTS, help="default: %(default)s")
+    parser.add_argument("--results", type=Path, help="by default benchmarks/results; of a rehearsal a temporary folder")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install into a temporary folder first")
     parser.add_argument("--rehearse", action="store_true", help="all pieces on the CPU, with toys")
     words = parser.parse_args()
@@ -505,6 +505,9 @@ def parse() -> argparse.Namespace:
         parser.error(f"there is no piece {min(unknown)!r}; choose from {''.join(PIECES)}")
     words.chosen = [name for name in PIECES if name in words.only and name not in words.skip]
     words.scripts = words.scripts and words.scripts.resolve()
+    if words.results is None:
+        rehearsed = Path(tempfile.gettempdir()) / "diffusion-lessons-gpu-rehearsed"
+        words.results = rehearsed if words.rehearse else measuring.RESULTS
     return words
 
 

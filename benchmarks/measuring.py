@@ -150,6 +150,14 @@ def environment_for(threads: int | None = None, ours: bool = True) -> dict[str, 
 # ── plain diffusers ──────────────────────────────────────────────────────────────────────
 
 
+# Before it draws. A CPU loads 16 bits and computes with them a hundred times slower; parts of unlike formats stay so.
+WIDEN = """
+import sys, torch
+if {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float16}:
+    pipeline.to(torch.float32)
+"""
+
+
 def card_code(folder: Path, base: Path, steps: int, size: int, picture: Path) -> str:
     """The Python code on the model card of a run, with few steps and a small picture, which it saves.
 
@@ -157,11 +165,12 @@ def card_code(folder: Path, base: Path, steps: int, size: int, picture: Path) ->
     Raises ValueError for a card without such code.
     """
     found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    if found is None or ").images[0]" not in found[1]:
+    if found is None or "\nimage = pipeline(" not in found[1] or ").images[0]" not in found[1]:
         raise ValueError(f"{folder / 'README.md'}: shows no code that draws a picture")
     quick = f", num_inference_steps={steps}, height={size}, width={size}).images[0]"
     code = found[1].replace("DIR_OF_THE_BASE_MODEL", str(base)).replace(").images[0]", quick)
-    return (f"{code}\nimage.save({str(picture)!r})\nimport sys\n"
+    code = code.replace("\nimage = pipeline(", f"\n{WIDEN}\nimage = pipeline(")
+    return (f"{code}\nimage.save({str(picture)!r})\n"
             "assert not any(name.startswith('diffusion_lessons') for name in sys.modules)\n")  # fmt: skip
 
 

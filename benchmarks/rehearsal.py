@@ -242,7 +242,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=default_folder(),
                         help="models are kept here (4.5 GB), runs until the end (default: %(default)s)")  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="leave the runs in the folder; later phases find them")
-    parser.add_argument("--small", action="store_true", help="the same with toys, in about a minute")
+    parser.add_argument("--small", action="store_true", help="the same with toys, in one or two minutes")
     parser.add_argument("--threads", type=int, help="of each process; by default as many as there are cores")
     parser.add_argument("--results", type=Path, help="folder of the table; by default benchmarks/results, and that of "
                                                      "--folder with --small")  # fmt: skip

@@ -105,7 +105,7 @@ def test_the_code_of_a_card_is_taken_as_it_stands(tmp_path):
     card = "# x\n\n```python\npipeline = load('DIR_OF_THE_BASE_MODEL')\nimage = pipeline('sks').images[0]\n```\n"
     (tmp_path / "README.md").write_text(card, encoding="utf-8")
     code = measuring.card_code(tmp_path, Path("/base"), 2, 64, picture)
-    assert "load('/base')" in code
+    assert "load('/base')" in code and code.index("pipeline.to(torch.float32)") < code.index("image = pipeline")
     assert "pipeline('sks', num_inference_steps=2, height=64, width=64).images[0]" in code and str(picture) in code
     (tmp_path / "README.md").write_text("# x\n", encoding="utf-8")
     with pytest.raises(ValueError, match="shows no code"):
