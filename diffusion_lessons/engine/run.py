@@ -110,7 +110,10 @@ class Run:
             dataloader.dataset.set_epoch(self.epoch)
         if self.timing.at_the_end or done >= len(dataloader):
             return
-        batches = iter(self.accelerator.skip_first_batches(dataloader, done) if done else dataloader)
+        if done:
+            dataloader = self.accelerator.skip_first_batches(dataloader, done)
+            dataloader.set_epoch(self.epoch)  # before accelerate 1.15 what is left forgets its epoch, and so its order
+        batches = iter(dataloader)
         with torch.random.fork_rng(devices=[]):  # starting a loader draws from the global generator
             batch = next(batches, None)
         while batch is not None and not self.timing.at_the_end:
