@@ -160,7 +160,7 @@ def test_what_learns_lies_there_in_32_bits_and_what_is_read_in_half(folders):
     assert found[Phase.ENCODE].weights == pytest.approx((2 * VAE + 2 * TEXT) / GIB)
     assert found[Phase.TRAIN].weights == pytest.approx(4 * UNET / GIB)
     assert found[Phase.TRAIN].state == found[Phase.LOOK].state == pytest.approx(8 * UNET / GIB)
-    assert found[Phase.LOOK].weights == pytest.approx((6 * UNET + 2 * VAE) / GIB), "with a copy in half, and the decoder"
+    assert found[Phase.LOOK].weights == pytest.approx((6 * UNET + 2 * VAE) / GIB), "a copy in half, the decoder"
     assert found[Phase.TRAIN].work > 4 * UNET / GIB, "the gradients are in it"
 
     found = phases(a_config(train_text_encoder=True, use_ema=True, cache_latents=False, **fields), folders["1.4"])
