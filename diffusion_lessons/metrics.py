@@ -94,8 +94,8 @@ def diversity(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor], batc
     """DIV: the mean distance over all pairs of pictures that one prompt gave; 0 when they are all the same.
 
     images: uint8 (N, 3, H, W), N of at least 2. distance: of two equally long batches of pictures, (P,); see `lpips`.
-    Where it is a `LayerDistance`, each picture is encoded once. batch_size: pictures or pairs at a time. Source: Ruiz et
-    al. 2023, section 4, ablation of the prior-preservation loss.
+    Where it is a `LayerDistance`, each picture is encoded once. batch_size: pictures or pairs at a time.
+    Source: Ruiz et al. 2023, section 4, ablation of the prior-preservation loss.
     """
     require(len(check_images(images)) > 1, "images", len(images), "one picture has no diversity; give 2 or more")
     pairs = torch.triu_indices(len(images), len(images), offset=1).split(batch_size, dim=1)

@@ -76,8 +76,8 @@ class LossLog:
 class ProgressMeter:
     """The progress bar of a run, and how fast it was.
 
-    total_steps: optimizer steps. pictures_per_step: over all processes and micro-steps, in the mean. device_type: `cpu`…
-    shown: whether there is a bar.
+    total_steps: optimizer steps. pictures_per_step: over all processes and micro-steps, in the mean. device_type: as
+    `cpu` or `cuda`. shown: whether there is a bar.
     """
 
     def __init__(self, total_steps: int, pictures_per_step: float, device_type: str, shown: bool = True) -> None:
