@@ -123,7 +123,8 @@ def test_the_lowest_versions_train_and_draw(programs, folder):
     shutil.copytree(folder / "lora", folder / "resumed")
     shutil.rmtree(folder / "resumed" / "checkpoint-10")
     (folder / "resumed" / "pytorch_lora_weights.safetensors").unlink()
-    run(programs / "train-dreambooth", *lora, "--output_dir", "resumed", "--resume_from_checkpoint", "latest", cwd=folder)
+    again = flags(output_dir="resumed", resume_from_checkpoint="latest")
+    run(programs / "train-dreambooth", *lora, *again, cwd=folder)
     adapters = [(folder / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("lora", "resumed")]
     assert adapters[0] == adapters[1], "a resumed run ends where the uninterrupted one ended"
     run(generate, *flags(model_path="full", **DRAWN, output_dir="drawn-full"), cwd=folder)
