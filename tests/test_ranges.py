@@ -39,8 +39,8 @@ SMALL = {
     "instance_prompt": SUBJECT,
     "resolution": 32,
     "train_batch_size": 1,
-    "max_train_steps": 3,
-    "checkpointing_steps": 2,
+    "max_train_steps": 10,  # two rounds through the five pictures, with a checkpoint within the second
+    "checkpointing_steps": 8,
 }
 DRAWN = {"prompt": SUBJECT, "num_images": 2, "num_inference_steps": 2}
 IMPORT_EVERYTHING = """
@@ -118,8 +118,15 @@ def test_the_lowest_versions_train_and_draw(programs, folder):
     run(programs / "train-butterflies", *flags(**TOY, output_dir="butterflies"), cwd=folder)
     full = flags(**SMALL, output_dir="full", train_text_encoder=True, with_prior_preservation=False)
     run(programs / "train-dreambooth", *full, cwd=folder)
-    lora = flags(**SMALL, output_dir="lora", lora=True, with_prior_preservation=False)
-    run(programs / "train-dreambooth", *lora, cwd=folder)
+    lora = flags(**SMALL, lora=True, with_prior_preservation=False)
+    run(programs / "train-dreambooth", *lora, "--output_dir", "lora", cwd=folder)
+    shutil.copytree(folder / "lora", folder / "resumed")
+    shutil.rmtree(folder / "resumed" / "checkpoint-10")
+    (folder / "resumed" / "pytorch_lora_weights.safetensors").unlink()
+    again = flags(output_dir="resumed", resume_from_checkpoint="latest")
+    run(programs / "train-dreambooth", *lora, *again, cwd=folder)
+    adapters = [(folder / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("lora", "resumed")]
+    assert adapters[0] == adapters[1], "a resumed run ends where the uninterrupted one ended"
     run(generate, *flags(model_path="full", **DRAWN, output_dir="drawn-full"), cwd=folder)
     run(generate, *flags(lora_weights="lora", **DRAWN, output_dir="drawn-lora"), cwd=folder)
     for name in ("drawn-full", "drawn-lora"):
