@@ -273,7 +273,7 @@ def dry_run(config: TrainingConfig, images: ImageSet, num_processes: int = 1) ->
 
 # %% ../../nbs/butterflies/16_train.ipynb #565feadb
 def check_before_work(config: TrainingConfig) -> None:
-    """Find mistakes that need no data: folders, a resume, the tracker, the network or pipeline, the room on the disk."""
+    """Find mistakes that need no data: folders, a resume, the tracker, the network or pipeline, room on the disk."""
     check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
     check_resume(config)
     check_tracker(config.report_to)
