@@ -105,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def note(self, tensor: Tensor) -> None:
-        """Count a tensor that was there before, such as a weight; else the first view of it would look like a new one."""
+        """Count a tensor that was there before, such as a weight; else its first view would look like a new one."""
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
@@ -229,8 +229,8 @@ def peak_of_work(networks: Iterable[torch.nn.Module], work: Callable[[], Any], a
                  ) -> float:
     """GiB that some work holds at its peak besides the weights of its networks; nothing is really computed.
 
-    networks: on paper, whose weights the work uses; they are spent by it. work: called when these seem to lie in memory.
-    autocast: what a GPU would compute in, if not in the format of the weights.
+    networks: on paper, whose weights the work uses; they are spent by it. work: called when these seem to lie in
+    memory. autocast: what a GPU would compute in, if not in the format of the weights.
     """
     with FakeTensorMode(), LiveBytes() as live:
         for network in networks:
@@ -264,7 +264,7 @@ def peak_of_call(folder: str | Path, call: str, dtype: torch.dtype, size: int, n
 
 # %% ../../nbs/dreambooth/36_memory.ipynb #af811b31
 class PhaseMemory(NamedTuple):
-    """What lies on the device in a phase, in GiB: weights; moments and averages; and at the peak of the work the rest."""
+    """What lies on the device in a phase, in GiB: weights; moments and averages; at the peak of the work the rest."""
 
     phase: Phase
     weights: float
@@ -278,7 +278,7 @@ class PhaseMemory(NamedTuple):
 
 # %% ../../nbs/dreambooth/36_memory.ipynb #c487dc51
 class _Estimate:
-    """What an estimate is made of: a config with its plan, and the shapes of a model folder; a method for each phase."""
+    """What an estimate is made of: a config, its plan, and the shapes of a model folder; a method for each phase."""
 
     def __init__(self, config: DreamBoothConfig, folder: str | Path, device_type: str) -> None:
         self.config = replace(config.declared, seed=config.seed or 0).resolve()

@@ -363,7 +363,8 @@ def public_fields(config: RunConfig) -> dict[str, Any]:
 def shown_fields(content: Mapping[str, Any]) -> dict[str, Any]:
     """The same fields for others to see: of paths that lead somewhere on this machine only the last name."""
     def leads_away(value: Any) -> bool:
-        return isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~") or ".." in Path(value).parts)
+        return isinstance(value, str) and (
+            Path(value).is_absolute() or value.startswith("~") or ".." in Path(value).parts)
 
     return {name: Path(value).name if leads_away(value) else value for name, value in content.items()}
 
