@@ -305,7 +305,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise
 
 # %% ../../nbs/workshop/66_checkpoints.ipynb #282ce53f
-PIPELINE = ".pipeline"  # beside a pipeline's parts: `.pipeline.partial` while it is written, then `.pipeline.ready`
+PIPELINE = ".pipeline"  # parts are written into `.pipeline.partial`, and then wait whole in `.pipeline.ready`
 
 
 def place_parts(folder: Path) -> None:

@@ -203,7 +203,7 @@ class CheckpointOptions:
 
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
     checkpoints_total_limit: int | None = option(
-        None, "keep so many checkpoints; old ones go when a new one is safe, those of a branch that was left first")
+        None, "keep so many checkpoints; when a new one is safe, old ones go, abandoned ones first")
     resume_from_checkpoint: str | None = option(
         None, "latest, checkpoint-N or a path: go on from there, exactly", path=True)
     force_resume: bool = option(False, "resume although model, data or seed differ (the run is then a new one)")
@@ -363,8 +363,9 @@ def public_fields(config: RunConfig) -> dict[str, Any]:
 def shown_fields(content: Mapping[str, Any]) -> dict[str, Any]:
     """The same fields for others to see: of paths that lead somewhere on this machine only the last name."""
     def leads_away(value: Any) -> bool:
-        return isinstance(value, str) and (
-            Path(value).is_absolute() or value.startswith("~") or ".." in Path(value).parts)
+        if not isinstance(value, str):
+            return False
+        return Path(value).is_absolute() or value.startswith("~") or ".." in Path(value).parts
 
     return {name: Path(value).name if leads_away(value) else value for name, value in content.items()}
 

@@ -174,7 +174,7 @@ def lock_output_dir(output_dir: str | Path) -> FileLock:
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()  # with the mode that the umask gives; filelock's own lets only the owner write
+        (folder / ".lock").touch()  # with the mode that the umask gives; filelock would take one of its own
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except Timeout:

@@ -262,7 +262,7 @@ def resume(run: Run) -> None:
         return
     vars(run.position).update(vars(run.checkpointer.restore(checkpoint, run.config)))
     if run.is_main:
-        progress = checkpoint.progress  # samples of an epoch are drawn at its end, after the checkpoint
+        progress = checkpoint.progress  # an epoch's samples are drawn when it is over, or the run
         over = run.position.batch >= len(run.state.dataloader) or progress["step"] >= progress["total_steps"]
         set_aside_samples(run.output_dir, run.global_step, run.epoch + over)
         say(f"resuming {checkpoint.path.name}: {run.global_step} of {run.total_steps} steps are done")
