@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALLED', 'networks_of', 'choose_models', 'state_bytes', 'precision_plan', 'LiveBytes', 'OnPaper', 'Calls', 'on_paper',
-           'peak_of_work', 'peak_of_call', 'PhaseMemory', 'estimate']
+           'peak_of_work', 'in_autocast', 'peak_of_call', 'PhaseMemory', 'estimate']
 
 # %% ../../nbs/dreambooth/36_memory.ipynb #7782a331
 import functools
@@ -64,7 +64,7 @@ def choose_models(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, p
             enable()
     return models
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #4d9f6f0e
+# %% ../../nbs/dreambooth/36_memory.ipynb #70f4aeac
 def state_bytes(weights: Iterable[Tensor], use_8bit_adam: bool = False, use_ema: bool = False) -> int:
     """Bytes that AdamW's moments and the moving average of trained weights take.
 
@@ -125,7 +125,7 @@ class OnPaper(NamedTuple):
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #3325232c
+# %% ../../nbs/dreambooth/36_memory.ipynb #553514c9
 class Calls:
     """What is asked of the networks of a Stable Diffusion, with inputs of the right shapes; a method for each call."""
 
@@ -178,7 +178,7 @@ def _factor(vae: AutoencoderKL) -> int:
     """Pixels of a side for each latent."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #3447f2d7
+# %% ../../nbs/dreambooth/36_memory.ipynb #7544cafe
 def _configs(folder: str | Path) -> str:
     """The configs of the networks in a model folder, as one text: what a result may be remembered by."""
     return json.dumps({name: read_json(Path(folder) / name / "config.json", COPY_AGAIN) for name in NETWORKS})
@@ -201,7 +201,7 @@ def on_paper(folder: str | Path) -> OnPaper:
     """
     return _build(_configs(folder))
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #a8391ab0
+# %% ../../nbs/dreambooth/36_memory.ipynb #b3a02119
 def _imagine(network: torch.nn.Module) -> None:
     """Inside a FakeTensorMode: give a network on paper weights that look as if they lay in memory."""
     for module in network.modules():
@@ -214,8 +214,23 @@ def _imagine(network: torch.nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _normalise_in_32_bits(network: torch.nn.Module) -> None:
-    """What autocast on a GPU does and on a CPU does not: norms are computed, and kept for the way back, in 32 bits."""
+def peak_of_work(networks: Iterable[torch.nn.Module], work: Callable[[], Any]) -> float:
+    """GiB that some work holds at its peak besides the weights of its networks; nothing is really computed.
+
+    networks: on paper, whose weights the work uses; they are spent by it. work: called when these seem to lie in
+    memory.
+    """
+    with FakeTensorMode(), LiveBytes() as live:
+        for network in networks:
+            _imagine(network)
+        before = live.peak = live.now
+        work()
+        return (live.peak - before) / 2**30
+
+# %% ../../nbs/dreambooth/36_memory.ipynb #7335bcbb
+def in_autocast(network: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Let a network on paper compute in half as one that Accelerate prepared does on a GPU: each call in autocast, norms
+    in 32 bits."""
     for module in network.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.forward = lambda x, m=module: F.group_norm(
@@ -223,29 +238,14 @@ def _normalise_in_32_bits(network: torch.nn.Module) -> None:
         elif isinstance(module, torch.nn.LayerNorm):
             module.forward = lambda x, m=module: F.layer_norm(
                 x.float(), m.normalized_shape, m.weight.float(), m.bias.float(), m.eps)
+    for call in ("forward", "decode"):
+        if hasattr(network, call):
+            setattr(network, call, torch.autocast("cpu", dtype)(getattr(network, call)))
 
-
-def peak_of_work(networks: Iterable[torch.nn.Module], work: Callable[[], Any], autocast: torch.dtype | None = None
-                 ) -> float:
-    """GiB that some work holds at its peak besides the weights of its networks; nothing is really computed.
-
-    networks: on paper, whose weights the work uses; they are spent by it. work: called when these seem to lie in
-    memory. autocast: what a GPU would compute in, if not in the format of the weights.
-    """
-    with FakeTensorMode(), LiveBytes() as live:
-        for network in networks:
-            _imagine(network)
-            if autocast is not None:
-                _normalise_in_32_bits(network)
-        before = live.peak = live.now
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            work()
-        return (live.peak - before) / 2**30
-
-# %% ../../nbs/dreambooth/36_memory.ipynb #6fdaee7d
+# %% ../../nbs/dreambooth/36_memory.ipynb #b3d867de
 CALLED = {"read": "text_encoder", "encode": "vae", "decode": "vae", "predict": "unet"}  # the network of each call
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #052c77d6
+# %% ../../nbs/dreambooth/36_memory.ipynb #85e76d09
 @functools.lru_cache(256)  # drawing class images and looking are the same work, in one estimate and in the next
 def _peak_of_call(configs: str, call: str, dtype: torch.dtype, size: int, number: int) -> float:
     networks = _build(configs)
@@ -262,7 +262,7 @@ def peak_of_call(folder: str | Path, call: str, dtype: torch.dtype, size: int, n
     """
     return _peak_of_call(_configs(folder), call, dtype, size, number)
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #af811b31
+# %% ../../nbs/dreambooth/36_memory.ipynb #d29e1044
 class PhaseMemory(NamedTuple):
     """What lies on the device in a phase, in GiB: weights; moments and averages; at the peak of the work the rest."""
 
@@ -276,7 +276,7 @@ class PhaseMemory(NamedTuple):
         """All of it; the device needs a little more, for itself and for what its libraries hold."""
         return self.weights + self.state + self.work
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #c487dc51
+# %% ../../nbs/dreambooth/36_memory.ipynb #5f806928
 class _Estimate:
     """What an estimate is made of: a config, its plan, and the shapes of a model folder; a method for each phase."""
 
@@ -328,8 +328,10 @@ class _Estimate:
         copies = sum(each.numel() * half.itemsize for model in models.values() for each in model.parameters()
                      if each.dtype != half) / 2**30
         compute = self.plan.placement(Phase.TRAIN, "unet").autocast
+        for model in models.values() if compute else ():
+            in_autocast(model, compute)
         work = peak_of_work([getattr(networks, name) for name in home],
-                            lambda: Calls(networks, config.resolution).learn(config, compute), compute)
+                            lambda: Calls(networks, config.resolution).learn(config, compute))
         return (PhaseMemory(Phase.TRAIN, weights, state, work),
                 self.drawing(Phase.LOOK, state, weights + copies, config.resolution))
 
