@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMPipeline
 from dreambooth_runs import dreambooth_words, subject_folder
 from huggingface_hub import HfApi, RepoUrl
-from runs import words
+from runs import TINY, words
 
+from diffusion_lessons.butterflies import training as butterflies
 from diffusion_lessons.butterflies.config import TrainingConfig
 from diffusion_lessons.butterflies.training import main
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
@@ -505,3 +507,49 @@ def test_json_is_there_in_its_old_form_until_the_new_one_is_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"version": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"version": "old"}
+
+
+# --- no checkpoint beside a model that stands ---
+
+
+def test_with_a_limit_of_0_the_model_stays_and_no_checkpoint(tmp_path, capsys):
+    """Until the result stands the newest checkpoint is there; then none, and a mark by which a resume knows it."""
+    folder, seen = tmp_path / "run", []
+    chosen = words(folder, max_train_steps=5, checkpointing_steps=2, checkpoints_total_limit=0)
+    real = butterflies.save_pipeline
+
+    def saving(pipeline, output_dir):
+        seen.append([each.step for each in list_checkpoints(folder)])
+        real(pipeline, output_dir)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(butterflies, "save_pipeline", saving)
+        assert main(chosen) == 0
+    assert seen[-1] == [5], "it could be resumed, had the writing failed"
+    assert list_checkpoints(folder) == [] and DDPMPipeline.from_pretrained(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name not in (".lock",)}
+    capsys.readouterr()
+    for more in ({}, {"max_train_steps": 9}):
+        again = words(folder, **{"max_train_steps": 5, "checkpointing_steps": 2, "checkpoints_total_limit": 0,
+                                 "resume_from_checkpoint": "latest"} | more)  # fmt: skip
+        assert main(again) == 0
+        assert "is finished and kept no checkpoint" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "an unattended restart changes nothing"
+    with pytest.raises(InputError, match="is finished and kept no checkpoint"):
+        config = TrainingConfig(**TINY, output_dir=str(folder), resume_from_checkpoint="latest")
+        butterflies.train(butterflies.settle(config), butterflies.load_data(config))
+    assert main(words(folder, max_train_steps=3, checkpointing_steps=2)) == 0
+    assert [each.step for each in list_checkpoints(folder)] == [2, 3], "a new run is a new run"
+
+
+def test_a_failure_after_the_last_step_leaves_the_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(butterflies, "save_pipeline", full)
+    assert main(words(tmp_path / "run", max_train_steps=3, checkpoints_total_limit=0)) == 1
+    assert [each.step for each in list_checkpoints(tmp_path / "run")] == [3]
+    monkeypatch.undo()
+    assert main(words(tmp_path / "run", max_train_steps=3, checkpoints_total_limit=0,
+                               resume_from_checkpoint="latest")) == 0  # fmt: skip
+    assert list_checkpoints(tmp_path / "run") == [] and (tmp_path / "run" / "model_index.json").is_file()

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from ..engine.checkpointer import check_resume, space_note
+from ..engine.checkpointer import check_resume, is_over, space_note
 from ..engine.commands import launch, training_command
 from .config import FRESH, PRESETS, TrainingConfig
 from ..engine.config import LaunchOptions, require
@@ -290,6 +290,8 @@ def run_butterflies(config: TrainingConfig, options: LaunchOptions) -> None:
     """Check, load, and train in one process or several; or only say what would happen."""
     config = settle(config)
     check_before_work(config)
+    if is_over(config):
+        return
     note = size_note(config)
     if note is not None:
         say(note)

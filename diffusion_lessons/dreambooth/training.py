@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch.utils.data import DataLoader
 
-from ..engine.checkpointer import check_resume, space_note
+from ..engine.checkpointer import check_resume, is_over, space_note
 from ..engine.checkpoints import find_checkpoint, list_checkpoints
 from ..engine.commands import launch, training_command
 from ..engine.config import InputError, LaunchOptions
@@ -170,7 +170,8 @@ class Watch:
         """The table, and one line that names the checkpoint to keep; None without a table."""
         if self.table is None:
             return None
-        kept = [checkpoint.step for checkpoint in list_checkpoints(run.output_dir)]
+        kept = [] if self.config.checkpoints_total_limit == 0 else [
+            checkpoint.step for checkpoint in list_checkpoints(run.output_dir)]
         advice = keep_advice(self.table, kept, run.global_step, run.output_dir)
         return str(self.table) if advice is None else f"{self.table}\n{advice}"
 
@@ -397,6 +398,8 @@ def check_before_work(config: DreamBoothConfig) -> None:
 def run_dreambooth(config: DreamBoothConfig, options: LaunchOptions) -> None:
     """Check, and train in one process or several; or only say what would happen."""
     check_before_work(config)
+    if is_over(config):
+        return
     if options.dry_run:
         print(dry_run(config, options.num_processes))
         return

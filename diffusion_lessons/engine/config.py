@@ -203,7 +203,8 @@ class CheckpointOptions:
 
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints")
     checkpoints_total_limit: int | None = option(
-        None, "keep so many checkpoints; when a new one is safe, old ones go, abandoned ones first")
+        None, "keep so many checkpoints; when a new one is safe, old ones go, abandoned ones first; 0: none once the "
+              "model stands")
     resume_from_checkpoint: str | None = option(
         None, "latest, checkpoint-N or a path: go on from there, exactly", path=True)
     force_resume: bool = option(False, "resume although model, data or seed differ (the run is then a new one)")
@@ -291,12 +292,13 @@ class RunConfig(HubOptions, TrackingOptions, CheckpointOptions, AveragingOptions
     def check(self) -> None:
         """Raise InputError for a value that no run can use; called on a resolved copy, extended by subclasses."""
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
-                     "checkpoints_total_limit", "logging_steps"):
+                     "logging_steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be 1 or more")
         for name in ("learning_rate", "max_grad_norm", "ema_inv_gamma"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
-        for name in ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "seed"):
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "seed",
+                     "checkpoints_total_limit"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "must be 0 or more")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "min_lr_rate"):

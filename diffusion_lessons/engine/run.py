@@ -211,7 +211,8 @@ class Run:
     def save_checkpoint(self) -> None:
         """Write `checkpoint-STEP`, all processes together; raises RunFailed with the way on when it cannot."""
         try:
-            self.checkpointer.save(self.position, self.config.checkpoints_total_limit)
+            limit = self.config.checkpoints_total_limit  # 0: none at the end, and until then the newest
+            self.checkpointer.save(self.position, limit if limit is None else max(1, limit))
         except RunFailed as error:
             raise RunFailed(f"{error}. {self.last_checkpoint_text()}") from error
 
@@ -329,4 +330,6 @@ def start_run(
         with watching_signals(run):
             yield run
         if run.timing.at_the_end:
+            if config.checkpoints_total_limit == 0:
+                output.drop_checkpoints(run.global_step)
             output.drop_replaced()
