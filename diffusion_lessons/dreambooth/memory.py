@@ -64,7 +64,7 @@ def choose_models(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, p
             enable()
     return models
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #d05fb26d
+# %% ../../nbs/dreambooth/36_memory.ipynb #70f4aeac
 def state_bytes(weights: Iterable[Tensor], use_8bit_adam: bool = False, use_ema: bool = False) -> int:
     """Bytes that AdamW's moments and the moving average of trained weights take.
 
@@ -125,7 +125,7 @@ class OnPaper(NamedTuple):
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #3b0b7f01
+# %% ../../nbs/dreambooth/36_memory.ipynb #553514c9
 class Calls:
     """What is asked of the networks of a Stable Diffusion, with inputs of the right shapes; a method for each call."""
 
@@ -178,7 +178,7 @@ def _factor(vae: AutoencoderKL) -> int:
     """Pixels of a side for each latent."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #4c38932c
+# %% ../../nbs/dreambooth/36_memory.ipynb #7544cafe
 def _configs(folder: str | Path) -> str:
     """The configs of the networks in a model folder, as one text: what a result may be remembered by."""
     return json.dumps({name: read_json(Path(folder) / name / "config.json", COPY_AGAIN) for name in NETWORKS})
@@ -201,7 +201,7 @@ def on_paper(folder: str | Path) -> OnPaper:
     """
     return _build(_configs(folder))
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #972a3d93
+# %% ../../nbs/dreambooth/36_memory.ipynb #b3a02119
 def _imagine(network: torch.nn.Module) -> None:
     """Inside a FakeTensorMode: give a network on paper weights that look as if they lay in memory."""
     for module in network.modules():
@@ -226,7 +226,7 @@ def peak_of_work(networks: Iterable[torch.nn.Module], work: Callable[[], Any]) -
         work()
         return (live.peak - before) / 2**30
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #2f34c6cd
+# %% ../../nbs/dreambooth/36_memory.ipynb #7335bcbb
 def in_autocast(network: torch.nn.Module, dtype: torch.dtype) -> None:
     """Let a network on paper compute in half as one that Accelerate prepared does on a GPU: each call in autocast, norms
     in 32 bits."""
@@ -241,10 +241,10 @@ def in_autocast(network: torch.nn.Module, dtype: torch.dtype) -> None:
         if hasattr(network, call):
             setattr(network, call, torch.autocast("cpu", dtype)(getattr(network, call)))
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #703da66f
+# %% ../../nbs/dreambooth/36_memory.ipynb #b3d867de
 CALLED = {"read": "text_encoder", "encode": "vae", "decode": "vae", "predict": "unet"}  # the network of each call
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #6e04cc13
+# %% ../../nbs/dreambooth/36_memory.ipynb #85e76d09
 @functools.lru_cache(256)  # drawing class images and looking are the same work, in one estimate and in the next
 def _peak_of_call(configs: str, call: str, dtype: torch.dtype, size: int, number: int) -> float:
     networks = _build(configs)
@@ -261,7 +261,7 @@ def peak_of_call(folder: str | Path, call: str, dtype: torch.dtype, size: int, n
     """
     return _peak_of_call(_configs(folder), call, dtype, size, number)
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #54aa69d5
+# %% ../../nbs/dreambooth/36_memory.ipynb #d29e1044
 class PhaseMemory(NamedTuple):
     """What lies on the device in a phase, in GiB: weights; moments and averages; and at the peak of the work the rest."""
 
@@ -275,7 +275,7 @@ class PhaseMemory(NamedTuple):
         """All of it; the device needs a little more, for itself and for what its libraries hold."""
         return self.weights + self.state + self.work
 
-# %% ../../nbs/dreambooth/36_memory.ipynb #bc37723a
+# %% ../../nbs/dreambooth/36_memory.ipynb #5f806928
 class _Estimate:
     """What an estimate is made of: a config with its plan, and the shapes of a model folder; a method for each phase."""
 
