@@ -118,8 +118,8 @@ def generate_missing(folder: Path, key: str, numbers: Sequence[int], recipe: dic
     settings = {name: recipe[name] for name in ("num_inference_steps", "guidance_scale")}
     for batch in tqdm(batches, "class images", disable=quiet, unit="batch", delay=2):
         with drawing_with(pipeline, recipe["solver"]):
-            pictures = draw(pipeline, [recipe["prompt"]] * len(batch), seeds=batch, batch_size=batch_size, device=device,
-                            **settings)
+            pictures = draw(pipeline, [recipe["prompt"]] * len(batch), seeds=batch, batch_size=batch_size,
+                            device=device, **settings)
         for number, pixels in zip(batch, pictures, strict=True):
             save_picture(pixels, folder / f"generated-{key}-{number:05d}.png")
 

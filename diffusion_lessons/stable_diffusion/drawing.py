@@ -124,15 +124,17 @@ def in_format(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         return network
     # What is found in the memo is not copied: so there is never a copy in 32 bits, not even for a moment.
     memo = {id(each): each if each.dtype == dtype or not each.is_floating_point() else
-            torch.nn.Parameter(each.detach().to(dtype), False) if isinstance(each, torch.nn.Parameter) else each.to(dtype)
+            torch.nn.Parameter(each.detach().to(dtype), False) if isinstance(each, torch.nn.Parameter) else
+            each.to(dtype)
             for each in weights}
     made = copy.deepcopy(network, memo)
     return extract_model_from_parallel(made, keep_fp32_wrapper=False)  # not what a run wrapped around `forward`
 
-
+# %% ../../nbs/workshop/83_drawing.ipynb #ff1b5a06
 @contextlib.contextmanager
-def ready_to_draw(pipeline: StableDiffusionPipeline, plan: PrecisionPlan, phase: Phase) -> Iterator[StableDiffusionPipeline]:
-    """Within the block a pipeline that draws as the plan says for a phase: in its context, from weights in its format."""
+def ready_to_draw(pipeline: StableDiffusionPipeline, plan: PrecisionPlan, phase: Phase
+                  ) -> Iterator[StableDiffusionPipeline]:
+    """Within the block a pipeline that draws as the plan says for a phase: in its context, in its formats."""
     networks = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
     made = {name: in_format(network, plan.placement(phase, name).weights) for name, network in networks.items()}
     drawing = pipeline
