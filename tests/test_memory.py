@@ -169,7 +169,7 @@ def test_what_learns_lies_there_in_32_bits_and_what_is_read_in_half(folders):
     assert found[Phase.TRAIN].state == found[Phase.LOOK].state == pytest.approx(8 * UNET / GIB)
     assert found[Phase.LOOK].weights == pytest.approx((6 * UNET + 2 * VAE) / GIB), "a copy in half, and the decoder"
     gradients = 4 * UNET / GIB
-    assert gradients < found[Phase.TRAIN].work < 1.05 * gradients, "and no copies of all weights in half on the way back"
+    assert gradients < found[Phase.TRAIN].work < 1.05 * gradients, "and no second set of weights in half"
 
     found = phases(folders["1.4"], train_text_encoder=True, use_ema=True, cache_latents=False, **fields)
     learning = UNET + TEXT
