@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,9 @@ def a_config(**fields) -> DreamBoothConfig:
     return DreamBoothConfig(**needed | {"train_batch_size": 1} | fields)
 
 
-def phases(config: DreamBoothConfig, folder: Path, device_type: str = "cuda") -> dict[Phase, PhaseMemory]:
-    return {each.phase: each for each in estimate(config, folder, device_type)}
+@cache  # an estimate of a large model takes seconds
+def phases(folder: Path, device_type: str = "cuda", **fields) -> dict[Phase, PhaseMemory]:
+    return {each.phase: each for each in estimate(a_config(**fields), folder, device_type)}
 
 
 def numbers(tensors: Iterable[Tensor]) -> int:
@@ -130,22 +132,26 @@ def test_the_shapes_have_the_numbers_of_the_published_models(folders, version, c
     ids=["1.4 at 512", "2.1 at its 768", "2.1 at 512"],
 )
 def test_with_adapters_no_phase_needs_more_than_training_does(folders, version, fields):
-    found = phases(a_config(lora=True, **fields), folders[version])
+    found = phases(folders[version], lora=True, **fields)
     assert list(found) == [Phase.CLASS_IMAGES, Phase.ENCODE, Phase.TRAIN, Phase.LOOK]
     assert max(found.values(), key=lambda each: each.total).phase == Phase.TRAIN
-    saving = phases(a_config(lora=True, gradient_checkpointing=True, **fields), folders[version])
-    assert saving[Phase.TRAIN].total < 6
-    assert saving[Phase.TRAIN].work < 0.5 * found[Phase.TRAIN].work
+
+
+@pytest.mark.parametrize(("version", "fields"), [("1.4", {}), ("2.1", {"resolution": 768})], ids=["1.4", "2.1"])
+def test_gradient_checkpointing_keeps_training_small(folders, version, fields):
+    without = phases(folders[version], lora=True, **fields)[Phase.TRAIN]
+    saving = phases(folders[version], lora=True, gradient_checkpointing=True, **fields)[Phase.TRAIN]
+    assert saving.total < 6 and saving.weights == without.weights and saving.work < 0.5 * without.work
 
 
 def test_before_a_run_needed_more_to_encode_than_to_train(folders):
     """All three networks on the device in 32 bits, eight pictures at a time: that is what was mended."""
     there = 4 * sum(numbers(each.parameters()) for each in on_paper(folders["1.4"])) / GIB
     old = there + peak_of_call(folders["1.4"], "encode", torch.float32, 512, 8)
-    now = phases(a_config(lora=True, gradient_checkpointing=True), folders["1.4"])
+    now = phases(folders["1.4"], lora=True)
     assert old > 8.9, "an 8 GB card never got to its first step"
-    assert old > 3 * now[Phase.TRAIN].total > 3 * now[Phase.ENCODE].total
-    assert peak_of_call(folders["1.4"], "decode", torch.float16, 512, 16) > 3 * now[Phase.LOOK].total
+    assert old > 3 * now[Phase.TRAIN].total and old > 10 * now[Phase.ENCODE].total
+    assert peak_of_call(folders["1.4"], "decode", torch.float16, 512, 16) > 10 * now[Phase.LOOK].work
 
 
 def test_pictures_through_the_encoder_cost_in_proportion(folders):
@@ -156,15 +162,16 @@ def test_pictures_through_the_encoder_cost_in_proportion(folders):
 def test_what_learns_lies_there_in_32_bits_and_what_is_read_in_half(folders):
     """The UNet alone; with the text encoder; with pictures encoded in every step; with averages and 8-bit moments."""
     fields = {"gradient_checkpointing": True}
-    found = phases(a_config(**fields), folders["1.4"])
+    found = phases(folders["1.4"], **fields)
     assert found[Phase.CLASS_IMAGES].weights == pytest.approx((2 * UNET + 2 * VAE) / GIB)
     assert found[Phase.ENCODE].weights == pytest.approx((2 * VAE + 2 * TEXT) / GIB)
     assert found[Phase.TRAIN].weights == pytest.approx(4 * UNET / GIB)
     assert found[Phase.TRAIN].state == found[Phase.LOOK].state == pytest.approx(8 * UNET / GIB)
     assert found[Phase.LOOK].weights == pytest.approx((6 * UNET + 2 * VAE) / GIB), "a copy in half, and the decoder"
-    assert found[Phase.TRAIN].work > 4 * UNET / GIB, "the gradients are in it"
+    gradients = 4 * UNET / GIB
+    assert gradients < found[Phase.TRAIN].work < 1.05 * gradients, "and no second set of weights in half"
 
-    found = phases(a_config(train_text_encoder=True, use_ema=True, cache_latents=False, **fields), folders["1.4"])
+    found = phases(folders["1.4"], train_text_encoder=True, use_ema=True, cache_latents=False, **fields)
     learning = UNET + TEXT
     assert found[Phase.ENCODE].weights == pytest.approx((2 * VAE + 4 * TEXT) / GIB), "not rounded before it is trained"
     assert found[Phase.TRAIN].weights == pytest.approx((4 * learning + 2 * VAE) / GIB)
@@ -174,14 +181,13 @@ def test_what_learns_lies_there_in_32_bits_and_what_is_read_in_half(folders):
 
 def test_adapters_leave_the_network_in_half(folders):
     networks = on_paper(folders["1.4"])
-    config = a_config(lora=True, use_8bit_adam=True, gradient_checkpointing=True, seed=0).resolve()
     add_adapters({"unet": networks.unet}, rank=4)
     learning = trained_parameters(networks.unet)
-    found = phases(config, folders["1.4"])
+    found = phases(folders["1.4"], lora=True, use_8bit_adam=True, gradient_checkpointing=True)
     assert found[Phase.TRAIN].weights == pytest.approx((2 * UNET + 4 * numbers(learning)) / GIB)
     small = [each for each in learning if each.numel() < 4096]
     assert found[Phase.TRAIN].state * GIB == 2 * numbers(learning) + 6 * numbers(small)
-    assert numbers(small) > 0.5 * numbers(learning), "so 8-bit moments save adapters little"
+    assert numbers(small) > 0.4 * numbers(learning), "bitsandbytes leaves these in 32 bits"
 
 
 def test_state_is_counted_to_the_byte():
@@ -195,12 +201,11 @@ def test_state_is_counted_to_the_byte():
 def test_other_devices_and_full_precision(device_type, precision, each):
     """On Apple's the default is 32 bits, as it is for a run."""
     folder = find_model("miniature")
-    config = a_config(lora=True, resolution=64, mixed_precision=precision)
-    found = phases(config, folder, device_type)
+    found = phases(folder, device_type, lora=True, resolution=64, mixed_precision=precision)
     networks = on_paper(folder)
     there = each * (numbers(networks.vae.parameters()) + numbers(networks.text_encoder.parameters()))
     assert found[Phase.ENCODE].weights == pytest.approx(there / GIB)
-    halves = phases(a_config(lora=True, resolution=64, mixed_precision="fp16"), folder)
+    halves = phases(folder, lora=True, resolution=64, mixed_precision="fp16")
     assert (found[Phase.TRAIN].work > 1.2 * halves[Phase.TRAIN].work) == (each == 4)
 
 
@@ -220,7 +225,7 @@ def test_the_estimate_equals_the_tensors_of_a_real_step(fields):
     """Of the miniature in 32 bits: weights, gradients and moments to the byte, activations to a few per cent."""
     small = {"resolution": 64, "train_batch_size": 2, "mixed_precision": "no", "seed": 0, "report_to": "none"}
     config = a_config(**small, **fields).resolve()
-    expected = phases(config, find_model("miniature"))[Phase.TRAIN]
+    expected = phases(find_model("miniature"), **small, **fields)[Phase.TRAIN]
     pipeline, accelerator = miniature.load(), make_accelerator(config)
     for network in networks_of(pipeline).values():
         network.requires_grad_(False)

@@ -105,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def note(self, tensor: Tensor) -> None:
-        """Count a tensor that was there before, such as a weight; else its first view would look like a new one."""
+        """Count a tensor that was there before, such as a weight; else the first view of it would look new."""
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
@@ -217,8 +217,7 @@ def _imagine(network: torch.nn.Module) -> None:
 def peak_of_work(networks: Iterable[torch.nn.Module], work: Callable[[], Any]) -> float:
     """GiB that some work holds at its peak besides the weights of its networks; nothing is really computed.
 
-    networks: on paper, whose weights the work uses; they are spent by it. work: called when these seem to lie in
-    memory.
+    networks: on paper, whose weights the work uses; they are spent by it. work: called when these seem to be there.
     """
     with FakeTensorMode(), LiveBytes() as live:
         for network in networks:
@@ -229,8 +228,10 @@ def peak_of_work(networks: Iterable[torch.nn.Module], work: Callable[[], Any]) -
 
 # %% ../../nbs/dreambooth/36_memory.ipynb #7335bcbb
 def in_autocast(network: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Let a network on paper compute in half as one that Accelerate prepared does on a GPU: each call in autocast, norms
-    in 32 bits."""
+    """Let a network on paper compute in half as one that Accelerate prepared does on a GPU.
+
+    Each of its calls has its own autocast, and norms are computed in 32 bits.
+    """
     for module in network.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.forward = lambda x, m=module: F.group_norm(
@@ -264,7 +265,7 @@ def peak_of_call(folder: str | Path, call: str, dtype: torch.dtype, size: int, n
 
 # %% ../../nbs/dreambooth/36_memory.ipynb #d29e1044
 class PhaseMemory(NamedTuple):
-    """What lies on the device in a phase, in GiB: weights; moments and averages; at the peak of the work the rest."""
+    """What lies on the device in a phase, in GiB: weights; moments and averages; the rest at the peak of the work."""
 
     phase: Phase
     weights: float

@@ -49,7 +49,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         cpu=device_type == "cpu" and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
         mixed_precision=choose_precision(config.mixed_precision, device_type),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=order_seed(config.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=order_seed(config.seed or 0),
                                                   non_blocking=True),
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(config.output_dir, os.path.join(config.output_dir, config.logging_dir)),

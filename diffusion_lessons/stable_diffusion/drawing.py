@@ -131,7 +131,7 @@ def in_format(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     made = copy.deepcopy(network, memo)
     return extract_model_from_parallel(made, keep_fp32_wrapper=False)  # without what a run wrapped around `forward`
 
-
+# %% ../../nbs/workshop/83_drawing.ipynb #ff1b5a06
 @contextlib.contextmanager
 def ready_to_draw(pipeline: StableDiffusionPipeline, plan: PrecisionPlan, phase: Phase
                   ) -> Iterator[StableDiffusionPipeline]:

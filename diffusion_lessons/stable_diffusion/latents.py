@@ -37,7 +37,7 @@ def compute_moments(model: AutoencoderKL, images: Tensor, batch_size: int | None
         return torch.cat([model.encode(to_model_range(some, place.device).to(place.dtype)).latent_dist.parameters
                           for some in images.split(batch_size or pictures_at_once(*images.shape[-2:]))])
 
-
+# %% ../../nbs/workshop/82_latents.ipynb #68b0888e
 def encode_moments(model: AutoencoderKL, images: Tensor, batch_size: int | None = None) -> Tensor:
     """The same to be kept: float16, on the CPU, not scaled."""
     return compute_moments(model, images, batch_size).half().cpu()
