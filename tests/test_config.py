@@ -140,9 +140,8 @@ def test_bad_arguments_are_one_line_that_names_the_flag(arguments, words):
 @pytest.mark.parametrize(
     "names, below, least",
     [
-        ("train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps checkpoints_total_limit "
-         "logging_steps", 0, 1),
-        ("lr_warmup_steps dataloader_num_workers adam_weight_decay seed", -1, 0),
+        ("train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps logging_steps", 0, 1),
+        ("lr_warmup_steps dataloader_num_workers adam_weight_decay seed checkpoints_total_limit", -1, 0),
         ("learning_rate max_grad_norm ema_inv_gamma", 0, 1e-6),
         ("adam_beta1 adam_beta2 ema_max_decay min_lr_rate", -0.1, 0),
         ("adam_beta1 adam_beta2 ema_max_decay min_lr_rate", 1, 0.9999),

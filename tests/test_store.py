@@ -39,6 +39,7 @@ from diffusion_lessons.engine.checkpoints import (
 )
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.engine.output_folder import OutputFolder, is_unfinished
+from diffusion_lessons.engine.precision import PrecisionPlan
 from diffusion_lessons.engine.publishing import push_to_hub, save_parts
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -388,7 +389,7 @@ def test_rows_of_a_branch_that_was_left_go_also_where_the_run_keeps_no_table(tmp
     config = DreamBoothConfig(pretrained_model_name_or_path="miniature", instance_data_dir="x",
                               instance_prompt="a sks fly", output_dir=str(tmp_path))  # fmt: skip
     run.sample_due = lambda *_, **__: None
-    Watch(config, None, None)(run)
+    Watch(config, None, None, PrecisionPlan(torch.device("cpu")))(run)
     assert read_rows(tmp_path / "fidelity.json") == rows[:2]
 
 
@@ -469,7 +470,7 @@ def test_a_tracker_is_told_names_and_no_places(tmp_path, monkeypatch):
         real(*args, config=config, **rest)
 
     monkeypatch.setattr(Accelerator, "init_trackers", noted)
-    assert main(words(tmp_path / "run", max_train_steps=1)) == 0
+    assert main(words(tmp_path / "run", max_train_steps=1, report_to="tensorboard")) == 0
     assert str(tmp_path) not in json.dumps(told) and told[0]["output_dir"] == "run"
 
 
