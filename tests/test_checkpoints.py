@@ -124,5 +124,6 @@ def test_what_a_run_left_is_moved_and_nothing_outside_of_its_folder(tmp_path):
     write_json(run / "training_config.json", {})
     write_json(run / "model_index.json", {name: ["a", "b"] for name in ("unet", "..", "../mine", ".git")})
     aside, _ = clear_output_dir(run)
-    assert sorted(path.name for path in aside.iterdir()) == [".copy.json", "model_index.json", "training_config.json", "unet"]
+    moved = [".copy.json", "model_index.json", "training_config.json", "unet"]
+    assert sorted(path.name for path in aside.iterdir()) == moved
     assert (run / ".git").is_dir() and (tmp_path / "place" / "mine").is_dir()
