@@ -31,7 +31,8 @@ from diffusion_lessons.butterflies.training import (
     train_loop,
 )
 from diffusion_lessons.diffusion.noise import make_noise_scheduler
-from diffusion_lessons.diffusion.unet import UNETS, load_unconditional, make_unet, read_unconditional
+from diffusion_lessons.diffusion.pipelines import load_unconditional, read_unconditional
+from diffusion_lessons.diffusion.unet import UNETS, make_unet
 from diffusion_lessons.dreambooth.inference import main as generate_images
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.pictures.sets import make_dataloader
@@ -359,7 +360,7 @@ def test_weights_of_several_files_and_of_half_precision_are_read_into_32_bits(tm
 
 def test_the_check_before_the_work_reads_no_weights(tmp_path, monkeypatch):
     theirs = save(tmp_path / "theirs")
-    monkeypatch.setattr("diffusion_lessons.diffusion.unet.load_part", None)
+    monkeypatch.setattr("diffusion_lessons.diffusion.pipelines.load_part", None)
     check_before_work(TrainingConfig(output_dir=str(tmp_path / "run"), pretrained_model_name_or_path=str(theirs),
                                      report_to="none"))  # fmt: skip
     with torch.device("meta"):

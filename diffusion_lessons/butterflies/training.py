@@ -35,8 +35,8 @@ from ..engine.publishing import check_login, push_to_hub, save_pipeline, write_m
 from ..diffusion.sampling import sample_images
 from ..engine.tracking import check_tracker, say
 from ..engine.run import Run, start_run
-from ..diffusion.unet import check_image_size, count_parameters
-from ..diffusion.unet import load_unconditional, make_unet, read_unconditional, same_network, size_of, unet_config_of
+from ..diffusion.pipelines import load_unconditional, read_unconditional, same_network, size_of
+from ..diffusion.unet import check_image_size, count_parameters, make_unet, unet_config_of
 
 # %% ../../nbs/butterflies/16_train.ipynb #c0711a80
 def grid_shape(number: int) -> tuple[int, int]:

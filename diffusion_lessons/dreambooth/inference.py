@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..diffusion.sampling import sample_images
-from ..diffusion.unet import SERVED_PIPELINES, load_unconditional, pipeline_index, read_unconditional
+from ..diffusion.pipelines import SERVED_PIPELINES, load_unconditional, pipeline_index, read_unconditional
 from .config import GenerationConfig, parse_generation
 from .loading import TRAINABLE_PARTS, check_new_folder, find_base, load_for_drawing
 from .loading import loading_of, run_config, save_as_model
