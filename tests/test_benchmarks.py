@@ -62,7 +62,7 @@ def test_a_process_is_killed_when_the_time_has_come(tmp_path):
     there = tmp_path / "begun"
     done = measuring.run_process(endless, tmp_path / "log", cwd=tmp_path, kill_when=there.exists)
     assert done.code == -9 and there.exists()
-    assert measuring.run_process(endless, tmp_path / "log", limit=0.1).code == -9
+    assert measuring.run_process(endless, tmp_path / "log", cwd=tmp_path, limit=0.1).code == -9
 
 
 def test_the_pace_is_that_of_the_right_bar(tmp_path):
