@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 def mixed_seed(*numbers: int) -> int:
     """Mix numbers (seed, rank, epoch, …) into one 63-bit seed; different numbers give unrelated streams.
 
-    numbers: none negative; their order counts. Raises ValueError for a negative one.
+    numbers: none negative; their order counts, zeros at the end do not, so give as many for each purpose. Raises
+    ValueError for a negative one.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
