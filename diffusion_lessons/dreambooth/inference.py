@@ -166,7 +166,8 @@ def is_unconditional(name_or_path: str, revision: str | None = None) -> bool:
 def check_wordless(config: GenerationConfig) -> None:
     """Raise InputError for what has no meaning to a model that takes no prompt; name what changes nothing."""
     given = {each.name for each in fields(config) if getattr(config, each.name) != each.default}
-    for note in idle_notes(config, given, {"guidance_scale lora_scale": (False, "does nothing: the model is unconditional")}):
+    idle = {"guidance_scale lora_scale": (False, "does nothing: the model is unconditional")}
+    for note in idle_notes(config, given, idle):
         say(f"note: {note}")
     require(config.prompt is None, "prompt", config.prompt, "the model takes none: it is unconditional; leave it out")
     for name in ("negative_prompt", "variant", "checkpoint", "lora_weights", "compare_to", "save_pipeline"):

@@ -515,10 +515,9 @@ def parse_command_line(
         raise InputError(f"--preset {launch.preset}: choose one of {', '.join(presets)}")
     require(launch.num_processes >= 1, "num_processes", launch.num_processes, "must be 1 or more")
     read = read_config_file(launch.config, config_class) if launch.config else {}
-    preset, given = presets.get(launch.preset, {}), read | typed
-    of_a_run = issubclass(config_class, RunConfig)
-    config = config_class(**(config_class.over_preset(preset, given) if of_a_run else preset | given))
-    if of_a_run:
+    laid_over = getattr(config_class, "over_preset", dict.__or__)
+    config = config_class(**laid_over(presets.get(launch.preset, {}), read | typed))
+    if isinstance(config, RunConfig):
         launch.notes = idle_notes(config.resolve(), {*typed, *_chosen(config, read, presets.values())})
     return config, launch
 
