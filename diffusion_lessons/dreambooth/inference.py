@@ -186,8 +186,9 @@ def generate_unconditional(config: GenerationConfig) -> None:
     steps = min(config.num_inference_steps, scheduler.config.num_train_timesteps)
     if steps < config.num_inference_steps:
         say(f"note: the model knows {steps} timesteps; it draws in so many steps, not in {config.num_inference_steps}")
-    device, dtype = drawing_precision(config.mixed_precision)
-    pictures = sample_images(unet.to(device, dtype), scheduler, config.num_images, num_inference_steps=steps,
+    # The plain `to`: that of diffusers warns of every change of format.
+    torch.nn.Module.to(unet, *drawing_precision(config.mixed_precision))
+    pictures = sample_images(unet, scheduler, config.num_images, num_inference_steps=steps,
                              seed=config.seed, batch_size=config.batch_size)
     about = [{"model": model_name(config.model_path), "num_inference_steps": steps, "seed": config.seed + number}
              for number in range(config.num_images)]
