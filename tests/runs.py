@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file
 
 TINY = {
@@ -57,3 +59,16 @@ def assert_same_state(first: Path, second: Path) -> None:
     assert one.keys() == two.keys() and len(one) > 50
     different = [name for name in one if not torch.equal(one[name], two[name])]
     assert not different, f"{len(different)} of {len(one)} tensors differ, the first is {different[0]}"
+
+
+class Tiny(ModelMixin, ConfigMixin):
+    """A straight line, three weights and a bias, which lies on the disk as every model of diffusers does."""
+
+    @register_to_config
+    def __init__(self, start: float = 0.0) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([start, start + 1, start + 2]))
+        self.bias = torch.nn.Parameter(torch.tensor([start - 1]))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.weight + self.bias

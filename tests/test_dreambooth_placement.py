@@ -201,8 +201,18 @@ def test_a_pipeline_whose_formats_fit_is_used_as_it_is():
 def test_prior_pictures_are_not_drawn_where_none_is_missing(pictures, tmp_path, monkeypatch):
     """Then no second model is loaded either."""
     loaded = []
-    monkeypatch.setattr(training, "load_model", lambda config, plan, phase, real=training.load_model: (
-        loaded.append(phase), real(config, plan, phase))[1])
+    monkeypatch.setattr(training, "load_model", lambda config, folder, plan, phase, real=training.load_model: (
+        loaded.append(phase), real(config, folder, plan, phase))[1])
     class_folder(tmp_path / "class", 2)
     train(config(pictures, tmp_path / "run", max_train_steps=1, **prior_words(tmp_path / "class", 2)))
     assert loaded == [Phase.TRAIN]
+
+
+def test_a_run_looks_its_model_up_once(pictures, tmp_path, monkeypatch):
+    """A Hub id may mean other files a minute later: what draws the class images is what is trained."""
+    found, real = [], training.find_model
+    monkeypatch.setattr(training, "find_model", lambda *args: found.append(real(*args)) or found[-1])
+    monkeypatch.setattr(class_images, "draw", lambda *args, **settings: draw(
+        *args, **settings | {"num_inference_steps": 1, "size": 32}))
+    train(config(pictures, tmp_path / "run", max_train_steps=1, **prior_words(tmp_path / "class", 2)))
+    assert len(found) == 1 and len(list((tmp_path / "class").glob("generated-*.png"))) == 2

@@ -86,4 +86,7 @@ def test_make_dreambooth_teaches_the_subject_and_the_prior_keeps_the_class(check
     assert min(fidelity["tuned"], fidelity["collapsed"]) > fidelity["untouched"] + 0.03, fidelity
     kept, lost = drawn_by(tuned, of_class), drawn_by(collapsed, of_class)
     assert prior_preservation(encode(lost), real) > prior_preservation(encode(kept), real) + 0.05
-    assert diversity(kept, encode.distance) > 1.2 * diversity(lost, encode.distance)
+    # Within one place: the distance sees the ground as well, and four grounds would hide that all butterflies are one.
+    within = [[diversity(drawn_by(folder, [f"a photo of a butterfly on {place}"] * 6), encode.distance)
+               for place in PLACES] for folder in (tuned, collapsed)]  # fmt: skip
+    assert np.mean(within[0]) > 1.3 * np.mean(within[1]), within

@@ -20,19 +20,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from PIL import Image
+from runs import words
 
 ROOM = 14_000_000_000  # bytes: the environment, and the downloads while they are unpacked
 SUBJECT = "a photo of a sks butterfly"
-TOY = {
-    "image_size": 16,
-    "model_config_name_or_path": "tiny-16",
-    "num_train_images": 32,
-    "train_batch_size": 4,
-    "eval_batch_size": 2,
-    "num_inference_steps": 2,
-    "max_train_steps": 4,
-    "lr_warmup_steps": 1,
-}
 SMALL = {
     "pretrained_model_name_or_path": "miniature",
     "instance_data_dir": "meadow",
@@ -115,7 +106,8 @@ def programs(folder: Path, checkout: Path) -> Path:
 def test_the_lowest_versions_train_and_draw(programs, folder):
     python, generate = programs / "python", programs / "generate-images"
     run(python, "-c", IMPORT_EVERYTHING, cwd=folder)
-    run(programs / "train-butterflies", *flags(**TOY, output_dir="butterflies"), cwd=folder)
+    toy = words("butterflies", max_train_steps=4, report_to="tensorboard")
+    run(programs / "train-butterflies", *toy, cwd=folder)
     full = flags(**SMALL, output_dir="full", train_text_encoder=True, with_prior_preservation=False)
     run(programs / "train-dreambooth", *full, cwd=folder)
     lora = flags(**SMALL, lora=True, with_prior_preservation=False)

@@ -16,11 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from diffusers import ConfigMixin, DDPMPipeline, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import DDPMPipeline
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from runs import Tiny
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -42,19 +42,6 @@ def quick_end_of_runs():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-class Tiny(ModelMixin, ConfigMixin):
-    """A straight line, three weights and a bias, which lies on the disk as every model of diffusers does."""
-
-    @register_to_config
-    def __init__(self, start: float = 0.0) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor([start, start + 1, start + 2]))
-        self.bias = torch.nn.Parameter(torch.tensor([start - 1]))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs @ self.weight + self.bias
 
 
 def table(rows: int) -> TensorDataset:

@@ -12,6 +12,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.training_utils import EMAModel
+from runs import Tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,19 +23,6 @@ from diffusion_lessons.engine.config import RunConfig
 from diffusion_lessons.engine.devices import forget_accelerator, make_accelerator
 from diffusion_lessons.engine.optimization import make_ema, make_optimizer
 from diffusion_lessons.engine.run import start_run
-
-
-class Line(ModelMixin, ConfigMixin):
-    """A straight line, three weights and a bias."""
-
-    @register_to_config
-    def __init__(self, start: float = 0.0) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor([start, start + 1, start + 2]))
-        self.bias = torch.nn.Parameter(torch.tensor([start - 1]))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs @ self.weight + self.bias
 
 
 def table(rows: int) -> TensorDataset:
@@ -69,7 +57,7 @@ def group_sizes(batches: int, accumulation: int, epochs: int) -> list[int]:
 
 def means_by_hand(groups: list[list[tuple]], rate: float) -> tuple[list[float], torch.Tensor]:
     """The loss of each group, the mean over its batches, and the weights after plain gradient descent on it."""
-    model, losses = Line(), []
+    model, losses = Tiny(), []
     for group in groups:
         loss = sum((model(inputs) - targets).square().mean() for inputs, targets in group) / len(group)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -85,7 +73,7 @@ def means_by_hand(groups: list[list[tuple]], rate: float) -> tuple[list[float], 
 ])  # fmt: skip
 def test_each_group_counts_as_what_it_has(tmp_path, rows, batch, accumulation, epochs, limit):
     config = a_config(tmp_path, train_batch_size=batch, gradient_accumulation_steps=accumulation, max_train_steps=limit)
-    model, loader = Line(), DataLoader(table(rows), batch)
+    model, loader = Tiny(), DataLoader(table(rows), batch)
     batches, groups = list(loader) * epochs, []
     for size in group_sizes(len(loader), accumulation, epochs)[:limit]:
         groups.append([batches.pop(0) for _ in range(size)])
@@ -103,7 +91,7 @@ def test_a_run_that_was_cut_within_a_group_takes_that_group_again(tmp_path):
     fields = dict(gradient_accumulation_steps=4, checkpointing_steps=1, max_train_steps=6)
 
     def trained(folder, stop_after=None, **more):
-        model, loader = Line(), DataLoader(table(7), 1, shuffle=True)
+        model, loader = Tiny(), DataLoader(table(7), 1, shuffle=True)
         with start_run(a_config(folder, **fields, **more), {"line": model},
                        torch.optim.SGD(model.parameters(), lr=0.1), loader) as run:  # fmt: skip
             for number, _ in enumerate(micro_steps(run), start=1):
@@ -120,7 +108,7 @@ def test_a_run_that_was_cut_within_a_group_takes_that_group_again(tmp_path):
 
 def test_the_accelerators_own_count_is_as_before_when_a_run_ends(tmp_path):
     config = a_config(tmp_path, gradient_accumulation_steps=4, max_train_steps=2)
-    accelerator, model = make_accelerator(config), Line()
+    accelerator, model = make_accelerator(config), Tiny()
     with start_run(config, {"line": model}, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(table(5), 1),
                    accelerator=accelerator) as run:  # fmt: skip
         list(micro_steps(run))
@@ -134,12 +122,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 sys.path.insert(0, sys.argv[2])
-from test_steps import Line, a_config, micro_steps, table
+from test_steps import Tiny, a_config, micro_steps, table
 from diffusion_lessons.engine.commands import launch
 from diffusion_lessons.engine.run import start_run
 
 def train(folder):
-    model = Line()
+    model = Tiny()
     config = a_config(Path(folder) / "run", gradient_accumulation_steps=4, max_train_steps=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with start_run(config, {"line": model}, optimizer, DataLoader(table(10), 1)) as run:
@@ -174,7 +162,7 @@ SCALED = dict(use_ema=True, ema_max_decay=0.5, lr_scheduler="linear", gradient_a
 
 def fp16_run(folder: Path, fused: bool, stop_after: int | None = None, overflows=OVERFLOWS, **fields) -> dict:
     """Train under a GradScaler, as fp16 does on a GPU, here on the CPU; what is left of the run, and of its steps."""
-    config, model = a_config(folder, **(SCALED | fields)), Line()
+    config, model = a_config(folder, **(SCALED | fields)), Tiny()
     accelerator = make_accelerator(config)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=3)
     optimizer = make_optimizer(model.parameters(), config)
@@ -331,7 +319,7 @@ def test_restoring_an_average_uses_the_tensors_that_are_there(tmp_path):
     fields = dict(use_ema=True, max_train_steps=3, checkpointing_steps=3)
 
     def opened(**more):
-        model = Line(1.0)
+        model = Tiny(1.0)
         return start_run(a_config(tmp_path, **fields, **more), {"line": model},
                          torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(table(5), 1))  # fmt: skip
 
@@ -354,7 +342,7 @@ def test_restoring_an_average_uses_the_tensors_that_are_there(tmp_path):
 
 
 def test_what_is_wholly_frozen_has_no_average(tmp_path):
-    models = {"line": Line(), "frozen": Line().requires_grad_(False)}
+    models = {"line": Tiny(), "frozen": Tiny().requires_grad_(False)}
     config = a_config(tmp_path, use_ema=True, max_train_steps=2)
     optimizer = torch.optim.SGD(models["line"].parameters(), lr=0.1)
     with start_run(config, models, optimizer, DataLoader(table(5), 1)) as run:

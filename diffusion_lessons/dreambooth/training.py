@@ -55,12 +55,12 @@ from ..engine.run import Run, start_run
 from ..stable_diffusion.prompts import set_context
 
 # %% ../../nbs/dreambooth/37_train.ipynb #cd001665
-def load_model(config: DreamBoothConfig, plan: PrecisionPlan | None, phase: Phase) -> StableDiffusionPipeline:
+def load_model(config: DreamBoothConfig, folder: Path, plan: PrecisionPlan | None, phase: Phase
+               ) -> StableDiffusionPipeline:
     """The model that a run begins with, frozen, on the CPU, in the formats that the plan has for a phase.
 
-    plan: None is 32 bits. Raises InputError for a model that is incomplete or of another kind.
+    folder: as `find_model` found it. plan: None is 32 bits. Raises InputError for a part that is damaged.
     """
-    folder = find_model(config.pretrained_model_name_or_path, config.revision, config.variant)
     tokenizer = find_tokenizer(config.tokenizer_name, config.revision) if config.tokenizer_name else None
     formats = {} if plan is None else {name: plan.placement(phase, name).weights for name in NETWORKS}
     pipeline = load_pipeline(folder, config.variant, tokenizer, formats)
@@ -72,17 +72,19 @@ def load_model(config: DreamBoothConfig, plan: PrecisionPlan | None, phase: Phas
     return pipeline
 
 
-def load_for_training(config: DreamBoothConfig, plan: PrecisionPlan | None = None
+def load_for_training(config: DreamBoothConfig, plan: PrecisionPlan | None = None, folder: Path | None = None
                       ) -> tuple[StableDiffusionPipeline, DDPMScheduler]:
     """The model to fine-tune, on the CPU, with the solver for validation; and the noise it is taught.
 
-    plan: says in which formats its networks are trained and read; None is 32 bits. Raises InputError as `load_model`.
+    plan: says in which formats its networks are trained and read; None is 32 bits. folder: of the model; None finds it.
+    Raises InputError for a model that is incomplete or of another kind.
     """
-    pipeline = load_model(config, plan, Phase.TRAIN)
+    folder = folder or find_model(config.pretrained_model_name_or_path, config.revision, config.variant)
+    pipeline = load_model(config, folder, plan, Phase.TRAIN)
     noise_scheduler = training_scheduler(pipeline)
     solver = {"DPMSolverMultistepScheduler": "dpmsolver++", "DDPMScheduler": "ddpm"}[config.validation_scheduler]
     pipeline.scheduler = make_sampler(noise_scheduler, solver)
-    for note in model_notes(config, pipeline, Path(pipeline.name_or_path)):
+    for note in model_notes(config, pipeline, folder):
         say(f"note: {note}")
     return pipeline, noise_scheduler
 
@@ -116,14 +118,14 @@ def settle_seed(config: DreamBoothConfig, accelerator: Accelerator) -> DreamBoot
     return config
 
 # %% ../../nbs/dreambooth/37_train.ipynb #fba2b99f
-def find_sources(config: DreamBoothConfig, fingerprints: Mapping[str, str], accelerator: Accelerator,
+def find_sources(config: DreamBoothConfig, folder: Path, fingerprints: Mapping[str, str], accelerator: Accelerator,
                  plan: PrecisionPlan) -> list[Source]:
     """The pictures of the subject and, to preserve the prior, of the class; missing ones are generated first.
 
-    fingerprints: of the model's networks. The model that draws is loaded for it, and gone afterwards.
+    folder: of the model, which is loaded to draw them and gone afterwards. fingerprints: of its networks.
     """
     def load() -> StableDiffusionPipeline:
-        pipeline = load_model(config, plan, Phase.CLASS_IMAGES)
+        pipeline = load_model(config, folder, plan, Phase.CLASS_IMAGES)
         plan.place(Phase.CLASS_IMAGES, networks_of(pipeline))
         return pipeline
 
@@ -276,8 +278,8 @@ def gather(config: DreamBoothConfig, accelerator: Accelerator) -> Ingredients:
     width = read_json(folder / "text_encoder" / "config.json", COPY_AGAIN).get("hidden_size")
     on_main(accelerator, lambda: encoders.append(load_encoder(config, width)))
     with out_of_memory_named(config, Phase.CLASS_IMAGES):
-        sources = find_sources(config, fingerprints, accelerator, plan)
-    pipeline, noise_scheduler = load_for_training(config, plan)
+        sources = find_sources(config, folder, fingerprints, accelerator, plan)
+    pipeline, noise_scheduler = load_for_training(config, plan, folder)
     plan.place(Phase.ENCODE, networks_of(pipeline))
     data = load_subject(config, pipeline, sources, fingerprints)
     models = choose_models(config, pipeline, plan)
