@@ -277,8 +277,8 @@ class RunConfig(HubOptions, TrackingOptions, CheckpointOptions, AveragingOptions
         kind, longer = self.lr_scheduler, self.max_train_steps is None
         return {
             "ema_inv_gamma ema_power ema_max_decay": (self.use_ema, "does nothing without --use_ema"),
-            "lr_warmup_steps": (kind != "constant", "does nothing with --lr_scheduler constant; that with a warm-up is "
-                                                    "constant_with_warmup"),
+            "lr_warmup_steps": (kind != "constant" or self.lr_warmup_steps == 0,  # none is what constant means
+                                "does nothing with --lr_scheduler constant; that with a warm-up is constant_with_warmup"),
             "lr_num_cycles": (kind == "cosine_with_restarts", f"does nothing with --lr_scheduler {kind}; "
                                                               "cosine_with_restarts has cycles"),
             "lr_power": (kind == "polynomial", f"does nothing with --lr_scheduler {kind}; polynomial has a power"),
