@@ -68,10 +68,11 @@ def test_a_flag_that_does_nothing_is_named(parse, base, line, about):
     (parse_butterflies, "--preset quick --num_train_images 5 --resize pad --hub_model_id None"),
     (parse_dreambooth, "--preset quick --revision None --class_prompt dog --validation_steps 4"),
     (parse_dreambooth, "--preset quick --pretrained_model_name_or_path a/model --revision main --variant fp16"),
-    (parse_dreambooth, "--pretrained_model_name_or_path a/model --instance_data_dir i --class_data_dir c --output_dir o "
-                       "--with_prior_preservation --prior_loss_weight=1.0 --instance_prompt sks --class_prompt dog "
-                       "--resolution=512 --train_batch_size=1 --gradient_accumulation_steps=1 --learning_rate=5e-6 "
-                       "--lr_scheduler=constant --lr_warmup_steps=0 --num_class_images=200 --max_train_steps=800"),
+    (parse_dreambooth, "--pretrained_model_name_or_path a/model --instance_data_dir i --class_data_dir c "
+                       "--output_dir o --with_prior_preservation --prior_loss_weight=1.0 --instance_prompt sks "
+                       "--class_prompt dog --resolution=512 --train_batch_size=1 --gradient_accumulation_steps=1 "
+                       "--learning_rate=5e-6 --lr_scheduler=constant --lr_warmup_steps=0 --num_class_images=200 "
+                       "--max_train_steps=800"),
 ])  # fmt: skip
 def test_a_flag_that_does_something_is_not(parse, line):
     assert notes(parse, line.split()) == []

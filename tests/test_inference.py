@@ -30,8 +30,10 @@ from diffusion_lessons.dreambooth.inference import (
 from diffusion_lessons.dreambooth.loading import (
     check_new_folder,
     find_base,
+    fits,
     load_checkpoint,
     loading_of,
+    rename_for,
     run_config,
     save_as_model,
 )
@@ -619,3 +621,19 @@ def test_a_saved_checkpoint_keeps_the_tokenizer_that_its_run_had(tmp_path):
     assert main(["--checkpoint", str(run / "checkpoint-1"), "--save_pipeline", str(tmp_path / "kept")]) == 0
     stored = json.loads((tmp_path / "kept" / "tokenizer" / "tokenizer_config.json").read_text())
     assert stored["model_max_length"] == 16
+
+
+def named(prefix: bool) -> torch.nn.Module:
+    """A layer as a text encoder has it, with or without the prefix in which versions of transformers differ."""
+    inner = torch.nn.ModuleDict({"final": torch.nn.Linear(2, 2)})
+    return torch.nn.ModuleDict({"text_model": inner}) if prefix else inner
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_weights_of_either_naming_fit_a_model_of_either(stored, wanted):
+    file, model = named(stored).state_dict(), named(wanted)
+    assert fits(file, model)
+    model.load_state_dict(rename_for(file, model))
+    for one, other in zip(file.values(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)

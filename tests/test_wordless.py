@@ -201,6 +201,7 @@ def test_without_a_pipeline_the_defaults_are_the_tutorials_and_the_card_does_not
     assert settle(config) is config
     assert main(words(tmp_path / "run", max_train_steps=1)) == 0
     card = (tmp_path / "run/README.md").read_text()
+    assert "license: apache-2.0" in card
     assert '"image_size": 16' in card and "prediction_type" not in card and "ddpm_num_steps" not in card
 
 
@@ -307,6 +308,7 @@ def test_both_layouts_load_from_a_folder_and_from_the_hub(tmp_path, monkeypatch,
     assert tune(tmp_path / "run", name) == 0
     card = (tmp_path / "run/README.md").read_text()
     assert (f"base_model: {name}" in card) == hub and str(tmp_path) not in card
+    assert "license:" not in card, "what was fine-tuned has one, and nobody has said which"
     assert 'DDPMPipeline.from_pretrained("run")' in card
     assert DDPMPipeline.from_pretrained(tmp_path / "run").unet.config.sample_size == 16
     draw = ["--model_path", name, "--num_images", "1", "--num_inference_steps", "2", "--output_dir"]

@@ -200,7 +200,8 @@ def publish(run: Run, config: TrainingConfig) -> None:
                 f"{run.global_step} steps.",
         usage=f'from diffusers import DDPMPipeline\n\n'
               f'pipeline = DDPMPipeline.from_pretrained("{name}")\nimage = pipeline().images[0]',
-        tags=["unconditional-image-generation"], base_model=config.pretrained_model_name_or_path)
+        tags=["unconditional-image-generation"], base_model=config.pretrained_model_name_or_path,
+        license=None if config.pretrained_model_name_or_path else "apache-2.0")  # what was fine-tuned keeps its own
     if config.push_to_hub:
         say(f"uploaded to {push_to_hub(config)}")
     say(f"the pipeline is in {config.output_dir}, the sample grids in {run.output_dir / 'samples'}")

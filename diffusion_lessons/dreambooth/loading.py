@@ -52,10 +52,9 @@ def check_same_shape(part: torch.nn.Module, other: torch.nn.Module, said: str) -
 
 # %% ../../nbs/workshop/90_loading.ipynb #9cf2090b
 def rename_for(state: Mapping[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights by the names of this model: newer versions of transformers leave out the prefix `text_model.`."""
-    if any(name.startswith("text_model.") for name in model.state_dict()):
-        return dict(state)
-    return {name.removeprefix("text_model."): weight for name, weight in state.items()}
+    """The weights by the names of this model: some versions of transformers leave out the prefix `text_model.`."""
+    prefix = "text_model." if any(name.startswith("text_model.") for name in model.state_dict()) else ""
+    return {prefix + name.removeprefix("text_model."): weight for name, weight in state.items()}
 
 # %% ../../nbs/workshop/90_loading.ipynb #b9a09984
 def fits(state: Mapping[str, Tensor], model: torch.nn.Module) -> bool:

@@ -78,13 +78,13 @@ def changed_fields(config: RunConfig) -> dict[str, object]:
 
 def write_model_card(
     output_dir: str | Path, config: RunConfig, *, title: str, summary: str, usage: str, tags: list[str],
-    grid: str | Path | None = None, base_model: str | None = None, license: str = "apache-2.0",
+    grid: str | Path | None = None, base_model: str | None = None, license: str | None = "apache-2.0",
 ) -> Path:
     """Write `README.md` into a run's folder: metadata, what it is, a picture, how to load it, how it was trained.
 
     title, summary, usage: text, usage as Python code. grid: path of a picture inside the folder.
     base_model: the Hub id that was fine-tuned, if any; a local path is nobody's business and is left out.
-    license: of the model, which may be that of the model it was made from.
+    license: of the model, which may be that of the model it was made from; None where nobody said which that is.
     """
     output_dir = Path(output_dir)
     data = ModelCardData(license=license, library_name="diffusers", tags=["diffusion-lessons", *tags],
