@@ -4,6 +4,7 @@ In order of worth, each piece in a process of its own, bounded in time, and writ
 
 a  the miniature's DreamBooth in fp16 and bf16, with text encoder, prior, LoRA, SIGKILL and resume: is it correct?
 b  Stable Diffusion 1.4's shape at 512 px: seconds a step and peak memory, beside the estimate
+f  the same for each recipe, in a process under a hard cap of its 24, 16, 12 or 8 GB, and LoRA under 4
 c  the same through the reference scripts, if --scripts names their folder
 d  tutorial-128 on drawn specimens: images a second, peak memory, a grid after three minutes
 e  class images a second: Stable Diffusion 1.4's shape, 512 px, fp16
@@ -14,8 +15,10 @@ import argparse
 import contextlib
 import gc
 import importlib
+import importlib.util
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -288,6 +291,66 @@ def shape(bench: Bench) -> None:
         bench.results.section("b", rows=rows)
 
 
+# ── f: the recipes ───────────────────────────────────────────────────────────────────────
+
+
+def recipe_words(bench: Bench, name: str, job: dict[str, Any]) -> list[str | Path]:
+    """How a recipe is started: as a script, or by `accelerate launch` where it trains under DeepSpeed."""
+    from diffusion_lessons.dreambooth.config import OFFLOADING
+    from diffusion_lessons.engine.deepspeed import deepspeed_config_text
+
+    words = [Path(__file__).with_name("capped.py"), json.dumps(job)]
+    if name != OFFLOADING:
+        return [sys.executable, *words]
+    file = bench.folder / "deepspeed.yaml"
+    file.write_text(deepspeed_config_text(bench.sizes.half), encoding="utf-8")
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, *words]
+
+
+def missing_package(name: str, fields: dict[str, Any]) -> str | None:
+    """What a recipe needs and this Python does not have, with the install command; None where it has all."""
+    from diffusion_lessons.dreambooth.config import OFFLOADING
+    from diffusion_lessons.engine.deepspeed import INSTALL
+    from diffusion_lessons.engine.optimizers import EIGHT_BIT
+
+    package, install = ("deepspeed", INSTALL) if name == OFFLOADING else (None, "")
+    if fields.get("use_8bit_adam"):
+        package = "torchao" if fields.get("full_bf16") else "bitsandbytes"
+        install = f"pip install 'diffusion_lessons[{EIGHT_BIT[package]}]'"
+    there = package is None or importlib.util.find_spec(package) is not None
+    return None if there else f"{package} is not installed; {install}"
+
+
+def recipe_row(bench: Bench, name: str, gigabytes: float, fields: dict[str, Any]) -> dict[str, Any]:
+    """What `capped.py` measured of a recipe, or why it did not."""
+    row, missing = {"recipe": name, "cap GB": gigabytes}, missing_package(name, fields)
+    if missing is not None:
+        return row | {"result": missing}
+    own = dict(pretrained_model_name_or_path=str(bench.model), instance_data_dir=str(bench.subject), seed=0,
+               instance_prompt=SUBJECT, resolution=bench.sizes.resolution, report_to="none", fidelity_model="none",
+               output_dir=str(bench.folder / "unused"))  # fmt: skip
+    half = {"mixed_precision": bench.sizes.half} if fields.get("mixed_precision") == "fp16" else {}  # a CPU has no fp16
+    job = {"name": name, "gigabytes": gigabytes, "repeats": bench.sizes.repeats, "fields": own | fields | half}
+    done = run_process(recipe_words(bench, name, job), bench.folder / "recipe.log", environment=environment_for(),
+                       cwd=bench.folder, limit=max(1, bench.left))  # fmt: skip
+    found = re.search(r"^measured (\{.*\})$", done.text, re.MULTILINE)
+    failed = {"result": f"exit code {done.code}: {done.last_line[:150]}"}
+    return row | (json.loads(found[1]) if found else failed)
+
+
+def recipes(bench: Bench) -> None:
+    """Piece f: each recipe in a process of its own, which cannot have more of the card than the recipe is named for."""
+    from diffusion_lessons.dreambooth.config import OFFLOADING, RECIPES
+
+    rows: list[dict[str, Any]] = []
+    lora = {"lora": True, "train_batch_size": 1, "gradient_checkpointing": True}
+    runs = {"LoRA": lora} | dict(reversed(RECIPES.items()))  # the smallest card first
+    runs[OFFLOADING] = runs.pop(OFFLOADING)  # but last what may have to be compiled, for a minute or more
+    for name, fields in runs.items():
+        gigabytes = 4 if name == "LoRA" else float(name.split("gb")[0])
+        bench.rows("f", rows, recipe_row(bench, name, gigabytes, fields))
+
+
 # ── c: the reference scripts ─────────────────────────────────────────────────────────────
 
 # Runs a script as `python SCRIPT` would, and says at the end what the allocator's peak was: the number of piece b.
@@ -403,7 +466,7 @@ def class_images(bench: Bench) -> None:
 
 @dataclass(frozen=True)
 class Piece:
-    """One of the five."""
+    """One of the six."""
 
     title: str
     work: Callable[[Bench], None]
@@ -414,6 +477,7 @@ class Piece:
 PIECES = {
     "a": Piece("a: the miniature's DreamBooth, killed and resumed", correct, 150),
     "b": Piece("b: Stable Diffusion 1.4's shape, batch 1", shape, 130),
+    "f": Piece("f: the recipes, each under its cap", recipes, 180),
     "c": Piece("c: the reference scripts, the same shape", reference, 110),
     "d": Piece("d: tutorial-128 on drawn specimens", butterflies, 230, reserve=40),
     "e": Piece("e: class images, Stable Diffusion 1.4's shape", class_images, 60),

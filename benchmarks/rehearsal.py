@@ -5,13 +5,16 @@ killed, resumed, drawn from, and opened in plain diffusers. Each phase is a proc
 go into a table. See `benchmarks/README.md`.
 """
 import argparse
+import importlib.util
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import measuring
@@ -26,13 +29,15 @@ class Sizes:
 
     lora: int = 512
     full: int = 256
+    recipe: int = 256
     drawn: int = 256
     full_steps: int = 3
     full_checkpoint: int = 2
     drawing_steps: int = 2
 
 
-SMALL = Sizes(lora=64, full=32, drawn=64, full_steps=60, full_checkpoint=15)
+# Where a toy halves a latent of one number, PyTorch 2.14 on a CPU leaves the gradient in bf16 as it found the memory.
+SMALL = Sizes(lora=64, full=32, recipe=64, drawn=64, full_steps=60, full_checkpoint=15)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,27 @@ NEEDS = {
     "models": Need(4, 5), "lora": Need(9, 1), "lora-2.1": Need(10, 1), "prior": Need(8, 1), "full": Need(18, 28),
     "resume": Need(18, 28), "draw": Need(8, 1), "open": Need(8, 1),
 }  # fmt: skip
+# A recipe for whose needs there is no room is skipped; the others go on.
+RECIPES = {
+    "24gb": Need(14, 7), "16gb": Need(13, 6), "12gb": Need(13, 6), "8gb": Need(22, 16), "8gb-fused": Need(9, 4),
+}  # fmt: skip
+# The package that each needs besides the project's own, and its folder in --overlays.
+OVERLAYS = dict.fromkeys(RECIPES, ("bitsandbytes", "bnb")) | {
+    "8gb": ("deepspeed", "ds"), "8gb-fused": ("torchao", "ao"),
+}  # fmt: skip
+# Says what the run with these flags is estimated to take on a CPU, in the largest of its phases.
+ESTIMATE = """
+import sys
+from dataclasses import replace
+from diffusion_lessons.dreambooth.config import OFFLOADING, parse_dreambooth
+from diffusion_lessons.dreambooth.memory import estimate
+config, options = parse_dreambooth(sys.argv[1:])
+if config.mixed_precision == "fp16":  # a recipe's, and on a CPU the run takes bf16
+    config = replace(config.declared, mixed_precision="bf16")
+drawn = {"draw class images": config.with_prior_preservation, "look": config.validation_prompt is not None}
+phases = estimate(config, config.pretrained_model_name_or_path, "cpu", deepspeed=options.recipe == OFFLOADING)
+print("estimated", max(each.total + each.host for each in phases if drawn.get(str(each.phase), True)), "GiB")
+"""
 LEFT_OVER = ("lora", "lora-2.1", "prior", "full")  # what the phases leave in `runs`, and the last two phases read
 
 
@@ -58,18 +84,32 @@ class Fault(Exception):
 class Rehearsal:
     """The phases, in their order, on the models of one folder; what they leave lies in its `runs`."""
 
-    def __init__(self, folder: Path, results: Results, sizes: Sizes, small: bool, threads: int) -> None:
+    def __init__(self, folder: Path, results: Results, sizes: Sizes, small: bool, threads: int,
+                 overlays: Path | None = None) -> None:  # fmt: skip
+        self.overlays = overlays
         self.folder, self.results, self.sizes, self.small, self.threads = folder, results, sizes, small, threads
         self.runs, self.rows = folder / "runs", []
         self.models = {name: folder / f"stable-diffusion-{name}" for name in ("1.4", "2.1")}
         self.resized = folder / f"stable-diffusion-1.4-for-{sizes.drawn}-px"
 
+    def environment(self, name: str, ours: bool = True) -> dict[str, str]:
+        """The environment of a phase: with the package that it alone needs, if there is a folder with it."""
+        known, folder = environment_for(self.threads, ours), OVERLAYS.get(name.removeprefix("recipe-"), ("", ""))[1]
+        if self.overlays and folder:
+            known["PYTHONPATH"] = os.pathsep.join([known["PYTHONPATH"], str(self.overlays / folder)])
+            known["PATH"] = os.pathsep.join([str(self.overlays / folder / "bin"), known["PATH"]])  # ninja
+            known["TORCH_EXTENSIONS_DIR"] = str(self.overlays / "ext")  # what DeepSpeed compiles, for the next time
+        return known
+
+    def log(self, name: str) -> Path:
+        """Where the output of a phase goes."""
+        return self.runs / "logs" / f"{name.replace(' ', '-')}.log"
+
     def measure(self, name: str, what: str, words: Sequence[str | Path], check: Callable[[Finished], None], *,
                 ours: bool = True, total: int | None = None, kill_when: Callable[[], bool] | None = None) -> None:
         """Run a process, look at what it left, and add its row to the table; check: raises Fault."""
         print(f"{name}: {what} …", flush=True)
-        done = run_process(words, self.runs / "logs" / f"{name.replace(' ', '-')}.log", cwd=self.runs, total=total,
-                           environment=environment_for(self.threads, ours),
+        done = run_process(words, self.log(name), cwd=self.runs, total=total, environment=self.environment(name, ours),
                            kill_when=kill_when or (lambda: False))  # fmt: skip
         try:
             wanted = -signal.SIGKILL if kill_when else 0
@@ -79,13 +119,24 @@ class Rehearsal:
             result = "killed" if kill_when else "ok"
         except Fault as fault:
             result = f"FAILED: {fault}"
-        self.add(name, what, result, done)
+        self.add(name, what, result, done, self.estimated(name, words))
 
-    def add(self, name: str, what: str, result: str, done: Finished | None = None) -> None:
-        """One row of the table, printed and written."""
+    def estimated(self, name: str, words: Sequence[str | Path]) -> float | None:
+        """GiB that a training was expected to take, its process aside; None for anything else."""
+        if measuring.COMMANDS["train-dreambooth"] not in words:
+            return None
+        begin = words.index(measuring.COMMANDS["train-dreambooth"]) + 1
+        said = run_process([sys.executable, "-c", ESTIMATE, *words[begin:]], self.log(f"{name} estimated"),
+                           cwd=self.runs, environment=self.environment(name))  # fmt: skip
+        found = re.search(r"estimated ([\d.]+) GiB", said.text)
+        return float(found[1]) if found else None
+
+    def add(self, name: str, what: str, result: str, done: Finished | None = None, expected: float | None = None
+            ) -> None:  # fmt: skip
+        """One row of the table, printed and written; expected: GiB."""
         row = {"phase": name, "what": what, "seconds": done and round(done.seconds, 1),
                "seconds a step": done and quickest_step(done.marks), "peak GiB": done and round(done.memory, 2),
-               "result": result}  # fmt: skip
+               "estimated GiB": expected and round(expected, 2), "result": result}  # fmt: skip
         self.rows.append(row)
         self.results.section("phases", title="Phases", rows=self.rows)
         print("   " + ", ".join(f"{name}: {measuring.cell(value)}" for name, value in row.items() if value is not None
@@ -167,6 +218,36 @@ class Rehearsal:
         self.measure("resume", f"the rest of it, from {first.name} to the model",
                      self.full_words("--resume_from_checkpoint", "latest"), check, total=self.sizes.full_steps)
 
+    def recipe(self, name: str) -> None:
+        """Two steps of full fine-tuning on 1.4 by a recipe, where there is its package, and room for it."""
+        phase, size = f"recipe-{name}", self.sizes.recipe
+        what, missing = f"--recipe {name}, 1.4, {size} px, 2 steps", self.missing(name)
+        if missing:
+            self.add(phase, what, f"skipped: {missing}")
+            return
+        words = self.train(phase, self.models["1.4"], "--recipe", name, resolution=size, max_train_steps=2)
+        if name == "8gb":
+            words = self.under_deepspeed(words)
+        self.measure(phase, what, words, lambda done: exists(self.runs / phase / "model_index.json"), total=2)
+        shutil.rmtree(self.runs / phase, ignore_errors=True)
+
+    def missing(self, name: str) -> str | None:
+        """What a recipe cannot have here, or None."""
+        package, folder = OVERLAYS[name]
+        there = self.overlays is not None and (self.overlays / folder / package).is_dir()
+        if not there and importlib.util.find_spec(package) is None:
+            return f"there is no {package}; --overlays names a folder with {folder}/{package}"
+        return None if self.small else lacking(self.folder, RECIPES[name])
+
+    def under_deepspeed(self, words: Sequence[str | Path]) -> list[str | Path]:
+        """The words that start a training by `accelerate launch`, with the file that the training itself writes."""
+        file = self.runs / "deepspeed.yaml"
+        file.unlink(missing_ok=True)
+        run_process([*words, "--write_deepspeed_config", file], self.log("recipe-8gb file"), cwd=self.runs,
+                    environment=self.environment("recipe-8gb"))  # fmt: skip
+        begin = words.index("-m")
+        return [*words[:begin], "-m", "accelerate.commands.launch", "--config_file", file, *words[begin:]]
+
     def checkpoint(self) -> Path:
         """The newest checkpoint of the full run."""
         found = sorted((self.runs / "full").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -207,7 +288,8 @@ class Rehearsal:
 
 PHASES: dict[str, Callable[[Rehearsal], None]] = {
     "lora": Rehearsal.lora, "lora-2.1": Rehearsal.lora_of_2, "prior": Rehearsal.prior, "full": Rehearsal.full,
-    "resume": Rehearsal.resume, "draw": Rehearsal.draw, "open": Rehearsal.open,
+    "resume": Rehearsal.resume, **{f"recipe-{name}": partial(Rehearsal.recipe, name=name) for name in RECIPES},
+    "draw": Rehearsal.draw, "open": Rehearsal.open,
 }  # fmt: skip
 
 
@@ -219,14 +301,19 @@ def exists(path: Path) -> None:
 
 def check_room(folder: Path, phases: Sequence[str]) -> str | None:
     """What of memory or disk is missing for these phases, in a sentence, or None."""
-    needs = [NEEDS[phase] for phase in ("models", *phases)]
+    needs = [NEEDS[phase] for phase in ("models", *phases) if phase in NEEDS]
     built = (folder / "stable-diffusion-2.1" / "model_index.json").is_file()
     disk = max(need.disk for need in needs) + (0 if built else NEEDS["models"].disk)
-    for kind, there, wanted in (("memory", measuring.memory_gib(), max(need.memory for need in needs)),
-                                ("disk", measuring.disk_gib(folder), disk)):  # fmt: skip
+    said = lacking(folder, Need(max(need.memory for need in needs), disk))
+    return said and f"{said}; free some, or choose fewer phases with --phases lora,draw"
+
+
+def lacking(folder: Path, need: Need) -> str | None:
+    """What of memory or disk there is too little of, in a sentence, or None."""
+    for kind, there, wanted in (("memory", measuring.memory_gib(), need.memory),
+                                ("disk", measuring.disk_gib(folder), need.disk)):  # fmt: skip
         if there < wanted:
-            return (f"{kind}: {wanted:.0f} GiB are needed and {there:.1f} are free; free some, or choose fewer phases "
-                    "with --phases lora,draw")
+            return f"{kind}: {wanted:.0f} GiB are needed and {there:.1f} are free"
     return None
 
 
@@ -244,6 +331,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="leave the runs in the folder; later phases find them")
     parser.add_argument("--small", action="store_true", help="the same with toys, in one or two minutes")
     parser.add_argument("--threads", type=int, help="of each process; by default as many as there are cores")
+    parser.add_argument("--overlays", type=Path, help="folder with bnb/bitsandbytes, ao/torchao and ds/deepspeed, "
+                                                      "for recipes; by default what is installed")  # fmt: skip
     parser.add_argument("--results", type=Path, help="folder of the table; by default benchmarks/results, and that of "
                                                      "--folder with --small")  # fmt: skip
     words = parser.parse_args()
@@ -251,6 +340,7 @@ def parse() -> argparse.Namespace:
     unknown = [name for name in words.phases if name not in PHASES]
     if unknown:
         parser.error(f"--phases {unknown[0]}: there is no such phase; choose from {', '.join(PHASES)}")
+    words.overlays = words.overlays and words.overlays.expanduser().resolve()
     words.folder = words.folder.expanduser().resolve() / ("small" if words.small else "")
     missing = None if words.small else check_room(words.folder, words.phases)
     if missing:
@@ -266,7 +356,8 @@ def main() -> int:
     results = Results(words.results or (words.folder / "results" if words.small else measuring.RESULTS), "rehearsal",
                       measuring.about_machine(card=False) | {"threads": str(threads)},
                       "Rehearsal with toys" if words.small else "Rehearsal at real size")  # fmt: skip
-    rehearsal = Rehearsal(words.folder, results, SMALL if words.small else Sizes(), words.small, threads)
+    rehearsal = Rehearsal(words.folder, results, SMALL if words.small else Sizes(), words.small, threads,
+                          words.overlays)  # fmt: skip
     rehearsal.runs.mkdir(parents=True, exist_ok=True)
     try:
         rehearsal.build()

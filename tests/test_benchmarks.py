@@ -1,6 +1,7 @@
 """The benchmarks: what they measure with, and both of them with toys."""
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import materials  # noqa: E402
 import measuring  # noqa: E402
 import rehearsal  # noqa: E402
+from overlays import overlay  # noqa: E402
 
 FUNCTIONS = {
     f"{path.name}: {node.name}": node
@@ -185,10 +187,27 @@ def test_what_earlier_phases_did_not_leave_is_skipped(toys):
 def test_the_room_is_checked_before_anything_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "memory_gib", lambda: 12.0)
     monkeypatch.setattr(measuring, "disk_gib", lambda folder: 100.0)
-    assert rehearsal.check_room(tmp_path, ["lora", "draw"]) is None
+    assert rehearsal.check_room(tmp_path, ["lora", "draw", "recipe-8gb-fused"]) is None
     assert "memory: 18 GiB are needed and 12.0 are free" in rehearsal.check_room(tmp_path, ["lora", "full"])
     monkeypatch.setattr(measuring, "disk_gib", lambda folder: 3.0)
     assert "disk" in rehearsal.check_room(tmp_path, ["draw"]), "the models are not there yet"
+
+
+def test_a_recipe_whose_package_is_missing_is_skipped_with_a_word(toys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in rehearsal.RECIPES:
+        toys.recipe(name)
+    said = {row["phase"]: row["result"] for row in toys.rows}
+    assert said["recipe-16gb"].startswith("skipped: there is no bitsandbytes")
+    assert "ao/torchao" in said["recipe-8gb-fused"] and "ds/deepspeed" in said["recipe-8gb"] and len(said) == 5
+
+
+def test_a_recipe_for_which_there_is_no_room_is_skipped_with_a_word(toys, tmp_path, monkeypatch):
+    toys.overlays, toys.small = tmp_path, False
+    (tmp_path / "ds" / "deepspeed").mkdir(parents=True)
+    monkeypatch.setattr(measuring, "memory_gib", lambda: 12.0)
+    toys.recipe("8gb")
+    assert toys.rows[0]["result"] == "skipped: memory: 22 GiB are needed and 12.0 are free"
 
 
 def test_an_unknown_phase_is_refused():
@@ -198,14 +217,18 @@ def test_an_unknown_phase_is_refused():
 
 @pytest.mark.slow
 def test_the_rehearsal_with_toys(tmp_path):
-    """A minute and a half of one core: fifteen processes, each of which imports everything."""
-    done = script("rehearsal.py", "--small", "--threads", "1", "--folder", tmp_path / "models")
+    """A minute and a half of one core: two dozen processes, each of which imports everything."""
+    folders = {name: overlay(name) for name in ("bnb", "ao", "ds")}
+    done = script("rehearsal.py", "--small", "--threads", "1", "--folder", tmp_path / "models",
+                  "--overlays", folders["bnb"].parent)  # fmt: skip
     table = json.loads(next((tmp_path / "models" / "small" / "results").glob("*.json")).read_text(encoding="utf-8"))
     rows = {row["phase"]: row for row in table["sections"]["phases"]["rows"]}
     assert {name: row["result"] for name, row in rows.items()} == {
         **dict.fromkeys(rows, "ok"), "full": "killed",
     }, done.stdout + done.stderr  # fmt: skip
-    assert done.returncode == 0 and len(rows) == 13
+    assert done.returncode == 0 and len(rows) == 18
+    trained = ["lora", "lora-2.1", "prior", "full", "resume", *(f"recipe-{name}" for name in rehearsal.RECIPES)]
+    assert [name for name, row in rows.items() if row["estimated GiB"]] == trained
     assert all(row["peak GiB"] > 0.3 for name, row in rows.items() if name != "models")
     assert rows["resume"]["what"].startswith("the rest of it, from checkpoint-")
     assert not (tmp_path / "models" / "small" / "runs").exists()
@@ -241,13 +264,21 @@ def test_the_gpu_script_rehearses_every_piece(tmp_path):
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["about"]["torch"] == torch.__version__.split("+")[0]
     sections = content["sections"]
-    assert list(sections) == list("abcde")
+    assert list(sections) == list("abfcde")
     states = {name: section["state"] for name, section in sections.items()}
-    assert states == {"a": "all open in plain diffusers in fp16", **dict.fromkeys("bcde", "ok")}
+    assert states == {"a": "all open in plain diffusers in fp16", **dict.fromkeys("bcdef", "ok")}
     rows = {name: section["rows"] for name, section in sections.items()}
     assert rows["a"][0]["killed"] == "killed after checkpoint-2" and rows["a"][0]["steps after it"] == 4
     assert rows["a"][0]["largest difference"] == 0, "on a CPU a resumed run ends as one that never stopped"
     assert all(row["finite"] for row in rows["a"])
+    capped = {row["recipe"]: row for row in rows["f"]}
+    assert list(capped) == ["LoRA", "8gb-fused", "12gb", "16gb", "24gb", "8gb"]
+    assert [row["cap GB"] for row in capped.values()] == [4, 8, 12, 16, 24, 8]
+    assert capped["LoRA"]["steps a second"] > 0 and capped["LoRA"]["estimate GiB"] > 0, capped
+    needs = {"8gb-fused": "torchao", "8gb": "deepspeed", "16gb": "bitsandbytes"}
+    for name, package in needs.items():
+        found = capped[name].get("seconds a step", 0) > 0
+        assert found or f"{package} is not installed; pip install" in capped[name]["result"].lower(), capped[name]
     modes = [(row["trained"], row["gradient checkpointing"]) for row in rows["b"]]
     assert len(set(modes)) == len(modes) == 6 and all(row["seconds a step"] > 0 for row in rows["b"])
     assert sorted(modes) == sorted((row["trained"], row["gradient checkpointing"]) for row in rows["c"])
@@ -285,7 +316,7 @@ for name, work in (("a", slow), ("b", broken), ("c", dead), ("d", lambda bench: 
 @pytest.mark.parametrize("words", [["--only", "abx"], ["--skip", "z"]])
 def test_an_unknown_piece_is_refused(words):
     done = script("gpu.py", *words)
-    assert done.returncode == 2 and "there is no piece" in done.stderr and "abcde" in done.stderr
+    assert done.returncode == 2 and "there is no piece" in done.stderr and "abfcde" in done.stderr
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

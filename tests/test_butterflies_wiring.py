@@ -366,6 +366,23 @@ def test_fine_tuning_takes_weights_and_noise_of_the_pipeline(tmp_path):
     assert (noise.config.prediction_type, noise.config.num_train_timesteps) == ("sample", 77)
 
 
+@covers("fused_backward_pass")
+def test_a_fused_pass_steps_each_weight_within_the_backward_pass(tmp_path):
+    calls = []
+
+    def watch(model, optimizer):
+        optimizer.register_step_pre_hook(lambda *_: calls.append(sum(each.grad is not None for each in weights(model))))
+
+    def weights(model) -> list[torch.nn.Parameter]:
+        return list(model.parameters())
+
+    model, _ = trained(a_config(tmp_path, max_train_steps=2), noise_pictures(), watch)
+    assert calls == [len(weights(model))] * 2
+    calls.clear()
+    trained(a_config(tmp_path, max_train_steps=2, fused_backward_pass=True), noise_pictures(), watch)
+    assert calls == [1] * len(weights(model)) * 2
+
+
 @covers("enable_xformers_memory_efficient_attention")
 def test_xformers_is_switched_on_for_the_network_only_when_asked(tmp_path, monkeypatch):
     switched = []
@@ -374,8 +391,9 @@ def test_xformers_is_switched_on_for_the_network_only_when_asked(tmp_path, monke
     assert not switched
     model, _ = build_model(a_config(tmp_path, enable_xformers_memory_efficient_attention=True))
     assert switched == [model]
+    monkeypatch.setattr(butterflies, "check_xformers", lambda: switched.append("tried"))
     check_before_work(a_config(tmp_path / "run", enable_xformers_memory_efficient_attention=True))
-    assert switched == [model], "a network without numbers cannot try it"
+    assert switched == [model, "tried"], "a network without numbers is not asked"
 
 
 # --- before the work ---

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from diffusion_lessons.butterflies.config import PRESETS, TrainingConfig, parse_butterflies, train_butterflies
+from diffusion_lessons.engine.command_line import LaunchOptions
 from diffusion_lessons.engine.config import (
     InputError,
-    LaunchOptions,
     RunConfig,
     load_config,
     option,
@@ -226,10 +226,12 @@ def test_the_installed_command_points_at_its_front_door():
 
 
 def test_the_engine_knows_no_pictures():
+    import diffusion_lessons.engine.command_line
     import diffusion_lessons.engine.commands
     import diffusion_lessons.engine.config
 
-    for module in (diffusion_lessons.engine.config, diffusion_lessons.engine.commands):
+    engine = diffusion_lessons.engine
+    for module in (engine.config, engine.command_line, engine.commands):
         assert not {"TrainingConfig", "PRESETS", "train_butterflies"} & set(vars(module))
     assert not {"image_size", "dataset_name", "sampler", "num_epochs"} & {each.name for each in fields(RunConfig)}
 
@@ -392,5 +394,5 @@ def test_training_command_hands_on_a_resolved_config():
 
 
 def test_no_field_was_lost_in_the_groups():
-    assert len(fields(RunConfig)) == 38 and len(fields(TrainingConfig)) == 62
+    assert len(fields(RunConfig)) == 39 and len(fields(TrainingConfig)) == 63
     assert json.loads(json.dumps(asdict(TrainingConfig().resolve())))["image_size"] == 128

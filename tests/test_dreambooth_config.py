@@ -13,12 +13,11 @@ from diffusion_lessons.dreambooth.config import (
     DREAMBOOTH_PRESETS,
     INTERPOLATION,
     DreamBoothConfig,
-    GenerationConfig,
     OtherModelOptions,
     parse_dreambooth,
-    parse_generation,
     train_dreambooth,
 )
+from diffusion_lessons.dreambooth.drawing_config import GenerationConfig, parse_generation
 from diffusion_lessons.engine.config import InputError, RunConfig, load_config, save_config
 
 NEEDED = {
@@ -435,7 +434,8 @@ def test_mistakes_in_drawing_are_answered_in_one_line(words, answer):
 def test_the_command_answers_mistakes_without_torch():
     code = """
 import sys
-from diffusion_lessons.dreambooth.config import train_dreambooth, generate_images
+from diffusion_lessons.dreambooth.config import train_dreambooth
+from diffusion_lessons.dreambooth.drawing_config import generate_images
 print(train_dreambooth(), generate_images(), "torch" in sys.modules, "diffusers" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code, "--rank", "0"], capture_output=True, text=True, timeout=60)

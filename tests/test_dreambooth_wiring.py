@@ -30,7 +30,8 @@ import diffusion_lessons.miniature.latent_diffusion as latent_diffusion
 import diffusion_lessons.stable_diffusion.prompts as prompts_room
 from diffusion_lessons.diffusion.noise import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
-from diffusion_lessons.dreambooth.config import DreamBoothConfig, GenerationConfig
+from diffusion_lessons.dreambooth.config import DreamBoothConfig
+from diffusion_lessons.dreambooth.drawing_config import GenerationConfig
 from diffusion_lessons.dreambooth.lora import (
     KOHYA_FILE,
     LORA_FILE,
@@ -41,6 +42,7 @@ from diffusion_lessons.dreambooth.lora import (
 )
 from diffusion_lessons.dreambooth.subject import instance_source, load_subject
 from diffusion_lessons.dreambooth.training import choose_models, main, precision_plan, train
+from diffusion_lessons.engine import devices
 from diffusion_lessons.engine.checkpoints import list_checkpoints, without_warnings
 from diffusion_lessons.engine.optimization import make_optimizer
 from diffusion_lessons.miniature.autoencoder import AutoencoderConfig, train_autoencoder
@@ -332,6 +334,25 @@ def test_the_optimizer_of_8_bits_gets_the_same_settings(a_config, monkeypatch):
     assert isinstance(plain, torch.optim.AdamW) and len(seen) == 1
 
 
+@covers(DreamBoothConfig, "full_bf16", "fused_backward_pass")
+def test_weights_in_bf16_get_the_optimizer_that_rounds_and_are_stepped_one_by_one(a_config, monkeypatch):
+    calls = []
+
+    class StandIn(torch.optim.SGD):
+        def __init__(self, parameters, lr=1e-3, bf16_stochastic_round=False, **_):
+            assert bf16_stochastic_round
+            super().__init__(parameters, lr=lr)
+
+        def step(self, closure=None):
+            calls.append({each.dtype for each in self.param_groups[0]["params"] if each.grad is not None})
+
+    for name in ("torchao", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, name, module := ModuleType(name))
+    module.AdamW8bit = StandIn
+    train(a_config(full_bf16=True, use_8bit_adam=True, fused_backward_pass=True, max_train_steps=1))
+    assert len(calls) > 100 and all(each == {torch.bfloat16} for each in calls)
+
+
 @pytest.fixture
 def tf32():
     """PyTorch's two switches, off; put back afterwards."""
@@ -354,6 +375,7 @@ def test_tf32_is_allowed_where_it_was_asked_for(a_config, tf32):
 @covers(DreamBoothConfig, "enable_xformers_memory_efficient_attention")
 def test_xformers_is_asked_for_on_the_unet(a_config, monkeypatch):
     asked = []
+    monkeypatch.setattr(devices, "xformers_fault", lambda: None)
     monkeypatch.setattr(UNet2DConditionModel, "enable_xformers_memory_efficient_attention",
                         lambda model, *_: asked.append(type(model).__name__))  # fmt: skip
     train(a_config(lora=True))

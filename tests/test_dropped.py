@@ -11,14 +11,10 @@ from runs import words
 from diffusion_lessons.butterflies.config import PRESETS, TrainingConfig, parse_butterflies
 from diffusion_lessons.butterflies.training import main
 from diffusion_lessons.dreambooth import inference
-from diffusion_lessons.dreambooth.config import (
-    DREAMBOOTH_PRESETS,
-    DreamBoothConfig,
-    GenerationConfig,
-    parse_dreambooth,
-    parse_generation,
-)
-from diffusion_lessons.engine.config import InputError, RunConfig, idle_notes, save_config
+from diffusion_lessons.dreambooth.config import DREAMBOOTH_PRESETS, DreamBoothConfig, parse_dreambooth
+from diffusion_lessons.dreambooth.drawing_config import GenerationConfig, parse_generation
+from diffusion_lessons.engine.command_line import idle_notes
+from diffusion_lessons.engine.config import InputError, RunConfig, save_config
 from diffusion_lessons.engine.optimization import warmup_warning
 from diffusion_lessons.miniature.model import STAGES
 from diffusion_lessons.miniature.model import main as miniature

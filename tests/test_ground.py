@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-EXTRAS = {"dev", "wandb", "trackio", "8bit", "deepspeed", "xformers"}
+EXTRAS = {"dev", "wandb", "trackio", "8bit", "torchao", "deepspeed", "xformers"}
 COURSE = ("jupyterlab", "nbdev", "torch", "diffusers", "transformers", "accelerate", "datasets", "matplotlib",
           "torchvision", "pytest")  # fmt: skip
 

@@ -10,19 +10,12 @@ from diffusion_lessons.butterflies.config import PRESETS, TrainingConfig, parse_
 from diffusion_lessons.dreambooth.config import (
     DREAMBOOTH_PRESETS,
     DreamBoothConfig,
-    GenerationConfig,
     OtherModelOptions,
     parse_dreambooth,
-    parse_generation,
 )
-from diffusion_lessons.engine.config import (
-    LaunchOptions,
-    RunConfig,
-    describe_flag,
-    field_groups,
-    option,
-    parse_command_line,
-)
+from diffusion_lessons.dreambooth.drawing_config import GenerationConfig, parse_generation
+from diffusion_lessons.engine.command_line import LaunchOptions, describe_flag, field_groups, parse_command_line
+from diffusion_lessons.engine.config import RunConfig, option
 
 
 @dataclass

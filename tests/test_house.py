@@ -285,7 +285,7 @@ def test_no_randomness_from_a_hidden_global(module):
             assert not text.endswith(("randn_like", "rand_like")), f"line {node.lineno}: {text} takes no generator"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[-1] == "config"])
+@pytest.mark.parametrize("module", [name for name in MODULES if name.endswith(("config", "command_line"))])
 def test_configs_are_torch_free(module):
     """Bad arguments are answered before torch is loaded, and so is `--help`."""
     code = f"""

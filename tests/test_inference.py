@@ -18,7 +18,8 @@ from diffusion_lessons import miniature
 from diffusion_lessons.diffusion.noise import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.dreambooth import inference, training
-from diffusion_lessons.dreambooth.config import DreamBoothConfig, GenerationConfig
+from diffusion_lessons.dreambooth.config import DreamBoothConfig
+from diffusion_lessons.dreambooth.drawing_config import GenerationConfig
 from diffusion_lessons.dreambooth.inference import (
     about_pictures,
     main,
@@ -604,10 +605,10 @@ def test_a_run_s_progress_is_read_with_care(tmp_path):
 
 
 def test_the_command_is_installed_under_its_name(monkeypatch, capsys):
-    from diffusion_lessons.dreambooth import config
+    from diffusion_lessons.dreambooth import drawing_config
 
     monkeypatch.setattr("sys.argv", ["generate-images", "--help"])
-    assert config.generate_images() == 0
+    assert drawing_config.generate_images() == 0
     assert "--compare_to" in capsys.readouterr().out
     assert inference.main(["--help"]) == 0
 

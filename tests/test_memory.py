@@ -76,7 +76,7 @@ PRIOR = dict(with_prior_preservation=True, class_data_dir="class", class_prompt=
 ])  # fmt: skip
 def test_what_is_advised_is_not_set_yet_and_helps_there(config, phase, remedies):
     said = out_of_memory_text(config, phase)
-    offered = said.partition("; try ")[2].split(", or ") if remedies else []
+    offered = said.partition("; try ")[2].partition("; or several")[0].split(", or ") if remedies else []
     assert [each.removeprefix("--") for each in offered] == remedies
     assert remedies or said.endswith("nothing is left to lower: take a smaller model, or a device with more memory")
 
@@ -209,8 +209,9 @@ def test_an_estimate_says_what_is_in_it():
     assert memory_text(1.5, cpu, use_ema=True).startswith("1.500 GiB for weights, gradients, moments and average, ")
     assert memory_text(1.5, cuda, use_ema=True) == "1.500 GiB, the measured peak of a micro-step"
     layer = torch.nn.Linear(100, 100, bias=False)
-    assert training_memory([layer], cpu) * 2**30 == pytest.approx(40_000 * 4)
-    assert training_memory([layer], cpu, use_8bit_adam=True) * 2**30 == pytest.approx(40_000 * 2 + 10_000 * 2)
+    assert round(training_memory([layer], cpu) * 2**30) == 40_000 * 4 + 4, "and the optimizer's counter of steps"
+    assert round(training_memory([layer], cpu, use_8bit_adam=True) * 2**30) == (
+        40_000 * 2 + 10_000 * 2 + 2 * 40 * 4 + 2048), "with scales and tables"
 
 
 @pytest.mark.parametrize("averaged", [False, True])

@@ -18,7 +18,7 @@ import torch
 from diffusion_lessons.butterflies import training as butterflies
 from diffusion_lessons.engine import run as training
 from diffusion_lessons.butterflies.config import PRESETS, TrainingConfig
-from diffusion_lessons.engine.config import parse_command_line
+from diffusion_lessons.engine.command_line import parse_command_line
 
 def note(run, name, value):
     path = Path(run.output_dir).parent / f"{Path(run.output_dir).name}-rank-{run.rank}.json"

@@ -13,10 +13,12 @@ from runs import words
 
 from diffusion_lessons.butterflies.config import TrainingConfig, parse_butterflies
 from diffusion_lessons.butterflies.training import main
-from diffusion_lessons.dreambooth.config import DreamBoothConfig, GenerationConfig, parse_dreambooth, parse_generation
+from diffusion_lessons.dreambooth.config import DreamBoothConfig, parse_dreambooth
+from diffusion_lessons.dreambooth.drawing_config import GenerationConfig, parse_generation
 from diffusion_lessons.engine.checkpointer import last_checkpoint_text
 from diffusion_lessons.engine.checkpoints import latest_checkpoint
-from diffusion_lessons.engine.config import InputError, LaunchOptions, load_config, read_config_file, save_config
+from diffusion_lessons.engine.command_line import LaunchOptions
+from diffusion_lessons.engine.config import InputError, load_config, read_config_file, save_config
 from diffusion_lessons.miniature.autoencoder import AutoencoderConfig
 from diffusion_lessons.miniature.clip import ClipConfig
 from diffusion_lessons.miniature.judge import JudgeConfig

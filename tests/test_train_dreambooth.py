@@ -40,7 +40,8 @@ from diffusion_lessons.dreambooth.training import (
     train,
 )
 from diffusion_lessons.engine.checkpoints import list_checkpoints
-from diffusion_lessons.engine.config import InputError, LaunchOptions
+from diffusion_lessons.engine.command_line import LaunchOptions
+from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.engine.devices import forget_accelerator, make_accelerator
 from diffusion_lessons.engine.precision import Phase, PrecisionPlan
 from diffusion_lessons.stable_diffusion.drawing import draw
@@ -371,7 +372,8 @@ def test_networks_are_placed_anew_for_each_phase_of_a_run(pictures, tmp_path, mo
     placed, place = [], PrecisionPlan.place
 
     def noted(self, phase, networks):
-        placed.append((phase, sorted(networks)))
+        if self.device.type != "meta":  # what is only estimated lies nowhere
+            placed.append((phase, sorted(networks)))
         place(self, phase, networks)
 
     monkeypatch.setattr(PrecisionPlan, "place", noted)
@@ -406,7 +408,7 @@ def test_processes_are_counted_before_they_are_started(pictures, tmp_path, monke
         training.run_dreambooth(chosen, LaunchOptions(num_processes=2))
     assert not started
     training.run_dreambooth(chosen, LaunchOptions(num_processes=1))
-    assert started == [(train, (chosen,), 1)]
+    assert started == [(train, (chosen.resolve(),), 1)]
 
 
 # --- a whole run ---

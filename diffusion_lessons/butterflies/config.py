@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..engine.commands import front_door
-from ..engine.config import LaunchOptions, RunConfig, option, parse_command_line, require
+from ..engine.command_line import LaunchOptions, parse_command_line
+from ..engine.config import RunConfig, option, require
 
 # %% ../../nbs/workshop/86_butterflies_config.ipynb #c9d44add
 @dataclass

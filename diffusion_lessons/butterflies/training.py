@@ -22,13 +22,17 @@ from torch.utils.data import DataLoader
 from ..engine.checkpointer import check_resume, is_over, space_note
 from ..engine.commands import launch, training_command
 from .config import FRESH, PRESETS, TrainingConfig
-from ..engine.config import LaunchOptions, require
-from ..engine.devices import check_processes, enable_xformers, forget_accelerator, make_accelerator
+from ..engine.command_line import LaunchOptions
+from ..engine.config import require
+from ..engine.deepspeed import write_deepspeed_config
+from ..engine.devices import check_processes, check_xformers, enable_xformers
+from ..engine.devices import forget_accelerator, make_accelerator
 from ..pictures.figures import make_grid
 from ..pictures.sets import ImageSet, load_images, make_dataloader, random_flip, to_model_range
 from ..diffusion.noise import denoising_loss, make_noise_scheduler, noise_batch
 from ..engine.optimization import TrainState, count_steps, make_optimizer
 from ..engine.optimization import memory_text, seconds_per_micro_step, training_memory
+from ..engine.optimizers import check_optimizer
 from ..engine.output_folder import check_output_dir, newest_samples
 from ..engine.precision import default_device
 from ..engine.publishing import check_login, push_to_hub, save_pipeline, write_model_card
@@ -178,12 +182,12 @@ def train_loop(
 def look_and_save(run: Run, config: TrainingConfig, epoch: int, pipeline: DDPMPipeline) -> None:
     """After an epoch, where due: a sample grid and the pipeline folder, by the main process, with averaged weights."""
     look, save = run.is_due(config.save_image_epochs), run.is_due(config.save_model_epochs)
-    if run.is_main and (look or save):
-        if look:
-            with run.looking():
-                run.log_image("samples", evaluate(config, epoch, pipeline))
-        if save:
-            with run.averaged_weights():
+    if run.is_main and look:
+        with run.looking():
+            run.log_image("samples", evaluate(config, epoch, pipeline))
+    if save:
+        with run.averaged_weights():
+            if run.is_main:
                 save_pipeline(pipeline, config.output_dir)
     run.accelerator.wait_for_everyone()
 
@@ -255,7 +259,8 @@ def measure_micro_step(config: TrainingConfig, images: ImageSet, repeats: int = 
             return micro_step(state.prepared["unet"], batch, noise_scheduler, config, generator)
 
         seconds = seconds_per_micro_step(state, loss_of, repeats)
-        memory = training_memory([model], accelerator.device, config.use_ema, config.use_8bit_adam)
+        memory = training_memory([model], accelerator.device, config.use_ema, config.use_8bit_adam,
+                                 config.fused_backward_pass)
     finally:
         forget_accelerator(accelerator)
     return seconds, memory, count_parameters(model)
@@ -273,8 +278,12 @@ def dry_run(config: TrainingConfig, images: ImageSet, num_processes: int = 1) ->
             f"time: about {minutes:.1f} minutes ({seconds:.3f} s a micro-step, measured), sample grids aside")
 
 # %% ../../nbs/butterflies/16_train.ipynb #565feadb
-def check_before_work(config: TrainingConfig) -> None:
-    """Find mistakes that need no data: folders, a resume, the tracker, the network or pipeline, room on the disk."""
+def check_before_work(config: TrainingConfig, num_processes: int = 1) -> None:
+    """Find mistakes that need no data: the optimizer, folders, a resume, the tracker, the network or pipeline, room on
+    the disk."""
+    check_optimizer(config, num_processes)
+    if config.enable_xformers_memory_efficient_attention and num_processes == 1:  # else in the processes
+        check_xformers()
     check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
     check_resume(config)
     check_tracker(config.report_to)
@@ -289,8 +298,12 @@ def check_before_work(config: TrainingConfig) -> None:
 # %% ../../nbs/butterflies/16_train.ipynb #b4f2de56
 def run_butterflies(config: TrainingConfig, options: LaunchOptions) -> None:
     """Check, load, and train in one process or several; or only say what would happen."""
+    if options.write_deepspeed_config:
+        print(write_deepspeed_config(options.write_deepspeed_config, "diffusion_lessons.butterflies",
+                                     config.mixed_precision, options.num_processes))
+        return
     config = settle(config)
-    check_before_work(config)
+    check_before_work(config, options.num_processes)
     if is_over(config):
         return
     note = size_note(config)

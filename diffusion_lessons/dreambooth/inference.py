@@ -24,13 +24,14 @@ from torch import Tensor
 
 from ..diffusion.sampling import sample_images
 from ..diffusion.pipelines import SERVED_PIPELINES, load_unconditional, pipeline_index, read_unconditional
-from .config import GenerationConfig, parse_generation
+from .drawing_config import GenerationConfig, parse_generation
 from .loading import TRAINABLE_PARTS, check_new_folder, find_base, load_for_drawing
 from .loading import loading_of, run_config, save_as_model
 from .subject import identifier_words, instance_source, middle, read_pictures, words_of
 from ..engine.checkpoints import without_warnings
 from ..engine.commands import run_command
-from ..engine.config import InputError, given_fields, idle_notes, require
+from ..engine.command_line import given_fields, idle_notes
+from ..engine.config import InputError, require
 from ..engine.precision import drawing_precision
 from ..engine.tracking import say
 from ..pictures.sheets import comparison_sheet

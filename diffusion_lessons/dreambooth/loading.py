@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from .config import GenerationConfig
+from .drawing_config import GenerationConfig
 from .lora import LORA_FILE, load_adapter
 from ..stable_diffusion.prompts import set_context
 from ..engine.checkpoints import PROGRESS, atomic_folder, load_part

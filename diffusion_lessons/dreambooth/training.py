@@ -23,13 +23,17 @@ from torch.utils.data import DataLoader
 from ..engine.checkpointer import check_resume, is_over, space_note
 from ..engine.checkpoints import find_checkpoint, list_checkpoints
 from ..engine.commands import launch, training_command
-from ..engine.config import InputError, LaunchOptions
-from ..engine.devices import check_processes, enable_xformers, forget_accelerator
+from ..engine.command_line import LaunchOptions
+from ..engine.config import InputError
+from ..engine.deepspeed import write_deepspeed_config
+from ..engine.devices import check_processes, check_xformers, enable_xformers, forget_accelerator
 from ..engine.devices import make_accelerator, on_main, out_of_memory_named
 from .config import DREAMBOOTH_PRESETS, DreamBoothConfig
 from .loop import Loss, dreambooth_loop, look_at_prompts, micro_step
 from .lora import AdapterFile, adapter_size, save_adapters
+from .fit import card_memory, check_fit, estimate_run, memory_table, settle_recipe
 from .memory import choose_models, networks_of, precision_plan
+from .on_paper import on_paper
 from .class_images import check_class_folder, ensure_class_images, generation_recipe
 from .class_images import missing_numbers, recipe_key
 from .fidelity import FidelityTable, check_encoder, forget_rows, keep_advice
@@ -39,8 +43,9 @@ from .subject import SubjectData, instance_source, load_subject
 from ..pictures.sets import Source
 from ..metrics import CLIPEncoder
 from ..diffusion.noise import denoising_loss
-from ..engine.optimization import TrainState, count_steps, make_optimizer
+from ..engine.optimization import TrainState, count_steps, make_optimizer, optimizer_bytes
 from ..engine.optimization import memory_text, seconds_per_micro_step, trained_parameters, training_memory
+from ..engine.optimizers import check_optimizer
 from ..engine.output_folder import check_output_dir, newest_samples
 from ..engine.precision import Phase, PrecisionPlan, default_device
 from ..stable_diffusion.folder import COPY_AGAIN, NETWORKS, find_model, load_pipeline
@@ -95,7 +100,9 @@ def model_notes(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, fol
     if config.resolution != own:
         notes.append(f"--resolution {config.resolution}: the model was trained at {own} px and is best there")
     stored = weights_dtype(folder / "unet", config.variant)
-    if stored != "F32":
+    if config.full_bf16 and stored != "BF16":
+        notes.append(f"--full_bf16: the weights are stored as {stored}, and rounded to bf16 before they are trained")
+    elif stored != "F32" and not (config.lora or config.full_bf16):
         notes.append(f"the weights are stored as {stored}; they are trained in 32 bits, where small steps are not lost")
     return notes
 
@@ -239,14 +246,16 @@ def card_text(config: DreamBoothConfig, name: str, steps: int, text_width: int =
 # %% ../../nbs/dreambooth/37_train.ipynb #057f9c80
 def finish(run: Run, config: DreamBoothConfig, pipeline: StableDiffusionPipeline, watch: Watch) -> None:
     """At the end of a run: the verdict, the weights, the model card, the upload if one was asked for."""
+    if run.is_main:
+        say(run.speed_text())
+        verdict = watch.verdict(run)
+        if verdict:
+            say(verdict)
+    with run.averaged_weights():
+        if run.is_main:
+            write_result(config, pipeline, run.models)
     if not run.is_main:
         return
-    say(run.speed_text())
-    verdict = watch.verdict(run)
-    if verdict:
-        say(verdict)
-    with run.averaged_weights():
-        write_result(config, pipeline, run.models)
     name = run.output_dir.resolve().name
     text = card_text(config, name, run.global_step, pipeline.text_encoder.config.hidden_size,
                      loads_in_half(Path(pipeline.name_or_path)))
@@ -273,6 +282,9 @@ def gather(config: DreamBoothConfig, accelerator: Accelerator) -> Ingredients:
     """Load the model, generate missing class images, encode, and choose what learns, phase by phase of the plan."""
     plan = precision_plan(config, accelerator.device)
     folder = find_model(config.pretrained_model_name_or_path, config.revision, config.variant)
+    note = on_main(accelerator, lambda: check_fit(config, folder, card_memory(accelerator.device)))
+    if note is not None and accelerator.is_main_process:
+        say(f"note: {note}")
     fingerprints = on_main(accelerator, lambda: network_fingerprints(folder, config.variant))  # gigabytes: read once
     encoders: list[CLIPEncoder | None] = [None]  # on the main process; what it cannot load ends all of them
     width = read_json(folder / "text_encoder" / "config.json", COPY_AGAIN).get("hidden_size")
@@ -344,7 +356,7 @@ def measure_run(config: DreamBoothConfig, repeats: int = 5) -> Measured:
         seconds = seconds_per_micro_step(
             state, lambda: micro_step(state.prepared, batch, data, noise_scheduler, config, generator, loss), repeats)
         memory = training_memory(networks_of(pipeline).values(), accelerator.device, config.use_ema,
-                                 config.use_8bit_adam)
+                                 config.use_8bit_adam, config.fused_backward_pass)
         return Measured(seconds, memory, adapter_size(models), len(source.names), missing)
     finally:
         forget_accelerator(accelerator)
@@ -359,28 +371,33 @@ def dry_run(config: DreamBoothConfig, num_processes: int = 1) -> str:
     per_epoch, total, epochs = count_steps(batches, config.gradient_accumulation_steps, config.num_train_epochs,
                                            config.max_train_steps)
     minutes = total * batches / per_epoch * seconds / 60  # an epoch's last group may have fewer micro-steps
+    folder = find_model(config.pretrained_model_name_or_path, config.revision, config.variant)
     return (f"dry run: {pictures} pictures of the subject, {missing} class images to generate, "
             f"{per_epoch} steps an epoch, {total} steps in {epochs} epochs\n"
             f"memory: {memory_text(memory, default_device(), config.use_ema)}; "
             f"{size['trained']:,} of {size['of']:,} numbers are trained\n"
+            f"{memory_table(estimate_run(config, folder), default_device().type != 'cpu')}\n"
             f"time: about {minutes:.1f} minutes ({seconds:.3f} s a micro-step, measured), class images and validation "
             "aside")
 
 # %% ../../nbs/dreambooth/37_train.ipynb #f8a3ab0d
 def disk_needed(config: DreamBoothConfig, folder: Path) -> tuple[int, int]:
-    """About how many bytes a checkpoint and the finished model take, by the files of the model in a folder."""
-    def in_32_bits(name: str) -> int:
-        size = sum(file.stat().st_size for file in weight_files(folder / name, config.variant))
-        return size * (1 if weights_dtype(folder / name, config.variant) == "F32" else 2)
-
-    trained = in_32_bits("unet") + (in_32_bits("text_encoder") if config.train_text_encoder else 0)
-    moments = trained // 2 if config.use_8bit_adam else 2 * trained
-    return trained * (2 if config.use_ema else 1) + moments, trained + in_32_bits("vae")
+    """About how many bytes a checkpoint and the finished model take, by the shapes of the model in a folder."""
+    networks, names = on_paper(folder), ["unet", *(["text_encoder"] if config.train_text_encoder else [])]
+    learning = [each.to(torch.bfloat16 if config.full_bf16 else torch.float32)
+                for name in names for each in getattr(networks, name).parameters()]
+    trained, frozen = sum(each.nbytes for each in learning), [name for name in NETWORKS if name not in names]
+    copied = sum(file.stat().st_size for name in frozen for file in weight_files(folder / name, config.variant))
+    return trained * (2 if config.use_ema else 1) + optimizer_bytes(learning, config.use_8bit_adam), trained + copied
 
 # %% ../../nbs/dreambooth/37_train.ipynb #2eb7df07
-def check_before_work(config: DreamBoothConfig) -> None:
-    """Find mistakes that need no network: folders, a resume, tracker and login, the models' parts, pictures' names."""
+def check_before_work(config: DreamBoothConfig, num_processes: int = 1) -> None:
+    """Find mistakes that need no network: the optimizer, folders, a resume, tracker and login, the models' parts,
+    pictures' names."""
     config = config.resolve()
+    check_optimizer(config, num_processes)
+    if config.enable_xformers_memory_efficient_attention and num_processes == 1:  # else in the processes
+        check_xformers()
     check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
     check_resume(config)
     check_tracker(config.report_to)
@@ -399,7 +416,12 @@ def check_before_work(config: DreamBoothConfig) -> None:
 
 def run_dreambooth(config: DreamBoothConfig, options: LaunchOptions) -> None:
     """Check, and train in one process or several; or only say what would happen."""
-    check_before_work(config)
+    config = settle_recipe(config, options)
+    if options.write_deepspeed_config:
+        print(write_deepspeed_config(options.write_deepspeed_config, "diffusion_lessons.dreambooth.training",
+                                     config.mixed_precision, options.num_processes))
+        return
+    check_before_work(config, options.num_processes)
     if is_over(config):
         return
     if options.dry_run:

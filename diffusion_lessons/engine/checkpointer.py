@@ -11,7 +11,7 @@ import platform
 import shlex
 import shutil
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .checkpoints import save_generator, set_aside_later
 from .checkpoints import without_warnings, write_json
 from .commands import RunFailed, one_line
 from .config import InputError, RunConfig, public_fields
+from .deepspeed import under_deepspeed
 from .devices import is_out_of_memory, on_all, on_main
 from .optimization import TrainState, trained_parameters
 from .output_folder import CONFIG_NAME, finished_without_checkpoint
@@ -59,6 +60,9 @@ class ModelFolders:
         return True
 
 # %% ../../nbs/workshop/68_checkpointer.ipynb #0bfe6e53
+_OF_THE_MOMENTS = ("use_8bit_adam", "full_bf16")  # what decides how an optimizer keeps them
+
+
 class Checkpointer:
     """Writes the checkpoints of one run and reads them back: all that a resumed run needs, whole or not at all.
 
@@ -99,7 +103,8 @@ class Checkpointer:
             for name, ema in self.state.emas.items():
                 for average, read in zip(ema.shadow_params, trained_parameters(self.state.models[name]), strict=True):
                     average.copy_(read.detach())  # in place: two averages need not fit
-        self.storage.load(self.state.models, Path(folder))
+        with nullcontext() if self.state.zero is None else self.state.zero.refilled():
+            self.storage.load(self.state.models, Path(folder))
 
     def progress(self, position: Position) -> dict[str, Any]:
         """What a checkpoint at this position says of itself, in `progress.json`."""
@@ -116,8 +121,9 @@ class Checkpointer:
         main = self.accelerator.is_main_process
         try:
             on_all(self.accelerator, lambda: begin_folder(path) if main else None)
-            on_all(self.accelerator, lambda: self._write_own(partial))
-            on_all(self.accelerator, lambda: self._finish(partial, path, position) if main else None)
+            self._write_state(partial)
+            with self.state.in_full():  # each has a part of it
+                on_all(self.accelerator, lambda: self._finish(partial, path, position) if main else None)
         except BaseException as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -127,9 +133,19 @@ class Checkpointer:
         if main:
             self._prune(path, limit)
 
-    def _write_own(self, partial: Path) -> None:
-        """What each process writes: its generators; the main one also optimizer, schedule and scaler."""
+    def _write_state(self, partial: Path) -> None:
+        """What all processes write together; under DeepSpeed each has a part of the optimizer."""
+        optimizer = None if self.state.zero is None else self.state.zero.optimizer_state()
+        on_all(self.accelerator, lambda: self._write_own(partial, optimizer))
+
+    def _write_own(self, partial: Path, optimizer: dict[str, Any] | None) -> None:
+        """What each process writes: its generators; the main one also optimizer, schedule and scaler.
+
+        optimizer: its state under DeepSpeed, else None, and Accelerate has it.
+        """
         self.accelerator.save_state(str(partial))
+        if optimizer is not None and self.accelerator.is_main_process:
+            self.state.zero.save(optimizer, partial)
         save_generator(self.generator, partial / self._generator_name)
 
     def _finish(self, partial: Path, path: Path, position: Position) -> None:
@@ -179,11 +195,17 @@ class Checkpointer:
         progress = checkpoint.progress
         for change in compare_progress(progress, self.progress(Position()), config, config.force_resume):
             say(change)
-        scaler = self.accelerator.scaler
+        scaler, optimizers = self.accelerator.scaler, self.accelerator._optimizers
         if not (checkpoint.path / "scaler.pt").is_file():  # written without fp16: begin with a fresh scaler
             self.accelerator.scaler = None
+        same = all(progress["config"].get(name, False) == getattr(config, name, False) for name in _OF_THE_MOMENTS)
+        if not same:
+            say("the optimizer is another one than the checkpoint's: its moments begin anew")
+            self.accelerator._optimizers = []
         self.accelerator.load_state(str(checkpoint.path))
-        self.accelerator.scaler = scaler
+        self.accelerator.scaler, self.accelerator._optimizers = scaler, optimizers
+        if self.state.zero is not None and same:
+            self.state.zero.load(checkpoint.path)
         self._restore_generator(checkpoint.path / self._generator_name, progress["device"])
         self.state.rewind(progress["step"], progress.get("skipped", 0))
         return self._position(progress)
@@ -212,8 +234,9 @@ def last_checkpoint_text(output_dir: Path, command: str, num_processes: int = 1)
     config = str(output_dir / CONFIG_NAME)
     config = f"./{config}" if config.startswith(("-", "~")) else config  # it is no flag, and no home folder
     words = [*shlex.split(command), "--config", config, "--resume_from_checkpoint", "latest"]
-    words += ["--num_processes", str(num_processes)] if num_processes > 1 else []
-    return f"Last good checkpoint: {newest.path.name}; go on with: {shlex.join(words)}"
+    words += ["--num_processes", str(num_processes)] if num_processes > 1 and not under_deepspeed() else []
+    launched = " (by `accelerate launch`, as it was started)" if under_deepspeed() else ""
+    return f"Last good checkpoint: {newest.path.name}; go on with: {shlex.join(words)}{launched}"
 
 # %% ../../nbs/workshop/68_checkpointer.ipynb #1847108b
 FINISHED_TEXT = ("the run in {} is finished and kept no checkpoint; train on from its model with "

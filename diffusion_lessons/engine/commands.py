@@ -26,7 +26,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from .config import InputError, LaunchOptions, RunConfig, parse_command_line
+from .command_line import LaunchOptions, parse_command_line
+from .config import InputError, RunConfig
 
 # %% ../../nbs/workshop/61_commands.ipynb #17081f54
 class RunFailed(RuntimeError):
@@ -340,6 +341,8 @@ def training_command(
         config = config.resolve()
         sys.argv[1:] = hide_token(sys.argv[1:])
         folder.append(Path(config.output_dir) / config.logging_dir)
+        if options.recipe_text:
+            say(options.recipe_text)
         for note in options.notes:
             say(f"note: {note}")
         work(config, options)

@@ -66,9 +66,10 @@ class PrecisionPlan:
     """The one plan of which network lies where, in which dtype, in which phase of a run.
 
     device: of the run. mixed_precision: `no`, `fp16` or `bf16`. generation: the same for class images, `no` or `fp32`
-    for 32 bits. trained: names of the networks whose weights are trained; they stay in 32 bits, where small steps are
-    not lost. What is only read is held in half precision, on an accelerator. at_work: for each phase the networks that
-    lie on the device throughout, while the others wait on the CPU; None: all of them, in every phase.
+    for 32 bits. trained: names of the networks whose weights are trained; they stay in the format `trained_in`: 32
+    bits, where small steps are not lost, or bf16, for an optimizer that rounds them at random. What is only read is
+    held in half precision, on an accelerator. at_work: for each phase the networks that lie on the device throughout,
+    while the others wait on the CPU; None: all of them, in every phase.
     """
 
     device: torch.device
@@ -76,15 +77,17 @@ class PrecisionPlan:
     generation: str = "no"
     trained: frozenset[str] = frozenset()
     at_work: Mapping[Phase, frozenset[str]] | None = None
+    trained_in: torch.dtype = torch.float32
 
     def placement(self, phase: Phase, network: str) -> Placement:
         """Where a network lies in a phase, and in which formats."""
         present = self.at_work is None or network in self.at_work.get(phase, ())
         place, compute = self.device if present else torch.device("cpu"), self._compute(phase)
+        own = self.trained_in if network in self.trained and phase != Phase.CLASS_IMAGES else torch.float32
         if self.device.type == "cpu" or compute is None:
-            return Placement(place, torch.float32, compute)
+            return Placement(place, own, compute)
         keeps = network in self.trained and phase in (Phase.ENCODE, Phase.TRAIN)  # else rounded before it is trained
-        return Placement(place, torch.float32 if keeps else compute, compute if phase == Phase.TRAIN else None)
+        return Placement(place, own if keeps else compute, compute if phase == Phase.TRAIN else None)
 
     def _compute(self, phase: Phase) -> torch.dtype | None:
         """What a phase computes in, if not in 32 bits."""

@@ -155,7 +155,7 @@ class Run:
             raise self.stop.exception()
 
     def _log(self) -> None:
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])  # some optimizers have a tensor of it
         scaled = self.accelerator.scaler is not None
         numbers = {"learning_rate": rate, "epoch": self.epoch} | ({"skipped": self.state.skipped} if scaled else {})
         try:
@@ -190,8 +190,11 @@ class Run:
         return path
 
     def averaged_weights(self) -> contextlib.AbstractContextManager:
-        """Within the block the models hold their moving averages, if the run keeps any; then their weights again."""
-        return self.state.averaged()
+        """Within the block the models hold what the run leaves: their moving averages, if it keeps any, in 32 bits.
+
+        All processes come here: under DeepSpeed each has a part of the weights.
+        """
+        return self.state.to_keep()
 
     @contextlib.contextmanager
     def looking(self, autocast: bool = True) -> Iterator[None]:

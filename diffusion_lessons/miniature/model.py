@@ -30,7 +30,8 @@ from transformers import CLIPTokenizer, ResNetForImageClassification
 
 from ..engine.checkpoints import atomic_folder, write_json
 from ..engine.commands import run_command
-from ..engine.config import InputError, check_fields, option, parse_command_line, require
+from ..engine.command_line import parse_command_line
+from ..engine.config import InputError, check_fields, option, require
 from ..engine.tracking import say
 from .autoencoder import AutoencoderConfig, psnr, reconstruct, train_autoencoder
 from .captions import HELD_OUT, all_captions, encode_attributes, render_scenes

@@ -238,8 +238,8 @@ def load_clip(folder: str | Path | None = None) -> CLIPModel:
 def write_model(folder: Path, base: Path, changed: Mapping[str, Any], variant: str | None = None) -> None:
     """Write a whole model folder: the changed parts as they are in memory, all others copied from `base`, bit for bit.
 
-    changed: parts by name (`unet`, `text_encoder`, `tokenizer`), networks in 32 bits. variant: of the copied files;
-    their names lose it, so that the folder is loaded without one.
+    changed: parts by name (`unet`, `text_encoder`, `tokenizer`), networks in the format that they were trained in.
+    variant: of the copied files; their names lose it, so that the folder is loaded without one.
     """
     index = read_index(base, COPY_AGAIN)
     for name, kind in index.items():
@@ -249,13 +249,12 @@ def write_model(folder: Path, base: Path, changed: Mapping[str, Any], variant: s
                 changed[name].save_pretrained(folder / name)
         elif is_part and not copy_part(base / name, folder / name, variant):
             index[name] = [None, None]
-        elif is_part:
-            ask_for_32_bits(folder / name / "config.json")
+        ask_for_32_bits(folder / name / "config.json")
     write_json(folder / "model_index.json", index)
 
 
 def ask_for_32_bits(path: Path) -> None:
-    """Let the config of a copied network, if it names a number format, name 32 bits: all parts are loaded in one."""
+    """Let the config of a network, if it names a number format, name 32 bits: all parts are loaded in one."""
     content = read_json(path, COPY_AGAIN) if path.is_file() else {}
     named = {key: "float32" for key in ("dtype", "torch_dtype") if content.get(key) not in (None, "float32")}
     if named:
