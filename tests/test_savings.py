@@ -11,10 +11,11 @@ from types import ModuleType
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from dreambooth_runs import SMALL, SUBJECT, dreambooth_words, subject_folder
+from dreambooth_runs import CLASS, SMALL, SUBJECT, dreambooth_words, subject_folder, without_our_package
 from overlays import environment
 from runs import assert_same_state, words
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from diffusion_lessons.butterflies.training import main as train_butterflies
 from diffusion_lessons.dreambooth import training
@@ -515,3 +516,43 @@ def test_torchaos_moments_and_its_rounding_resume_to_the_bit(pictures, tmp_path)
     words = dreambooth_words(pictures, "unused", **IN_BF16, fused_backward_pass=True)
     printed = in_a_process(RESUMED, str(tmp_path / "whole"), str(tmp_path / "parted"), *words, packages=["ao"])
     assert int(printed.splitlines()[-1]) > 100, "tensors of 8 bits"
+
+
+# The guide's commands for cards of 16 and of 12 GB, of which only model, folders, resolution and steps are changed.
+CARD = ["--with_prior_preservation", "--prior_loss_weight=1.0", f"--instance_prompt={SUBJECT}",
+        f"--class_prompt={CLASS}", "--train_batch_size=1", "--gradient_checkpointing", "--use_8bit_adam",
+        "--learning_rate=5e-6", "--lr_scheduler=constant", "--lr_warmup_steps=0"]  # fmt: skip
+CARDS = {"16gb": ["--gradient_accumulation_steps=2"],
+         "12gb": ["--gradient_accumulation_steps=1", "--set_grads_to_none"]}  # fmt: skip
+ATTENTION = "--enable_xformers_memory_efficient_attention"
+
+
+def launched(folder: Path, pictures: Path, *more: str) -> subprocess.CompletedProcess:
+    """Such a command under `accelerate launch`, where there is bitsandbytes."""
+    given = ["--pretrained_model_name_or_path=miniature", f"--instance_data_dir={pictures}", "--resolution=64",
+             f"--class_data_dir={folder.parent / 'class'}", f"--output_dir={folder}", "--num_class_images=2",
+             "--max_train_steps=3", "--checkpointing_steps=2"]  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    return subprocess.run([*launch, "-m", "diffusion_lessons.dreambooth.training", *given, *CARD, *more], text=True,
+                          capture_output=True, env=environment("bnb"))  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_the_guides_command_for_a_card_leaves_a_model_that_plain_diffusers_draws_with(pictures, tmp_path, card):
+    done = launched(tmp_path / "run", pictures, *CARDS[card])
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    state = tree_leaves(torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"])
+    assert sum(torch.is_tensor(each) and each.dtype == torch.uint8 for each in state) > 200, "moments of 8 bits"
+    code = ("from diffusers import StableDiffusionPipeline as P\n"
+            "print(P.from_pretrained('run')('a', num_inference_steps=1).images[0].size)")  # fmt: skip
+    assert "(64, 64)" in without_our_package(code, tmp_path)
+
+
+@pytest.mark.slow
+def test_where_xformers_does_not_run_a_flag_is_refused_and_a_recipe_goes_on(pictures, tmp_path):
+    done = launched(tmp_path / "run", pictures, *CARDS["12gb"], ATTENTION)
+    assert f"{ATTENTION}: xFormers" in done.stderr and not (tmp_path / "run").exists()
+    done = launched(tmp_path / "run", pictures, "--recipe", "12gb")
+    assert done.returncode == 0 and "PyTorch's own attention is used" in done.stdout + done.stderr
+    assert (tmp_path / "run" / "model_index.json").is_file()
