@@ -155,8 +155,8 @@ def test_the_recipe_for_16_gb_fits_16_gib(stable_diffusion):
 
 @pytest.mark.slow
 def test_stable_diffusion_on_a_card_of_4_gib(stable_diffusion):
-    """Full fine-tuning is refused, and LoRA is what is left: six estimates of the real shapes."""
-    with pytest.raises(InputError, match="--lora --gradient_checkpointing --train_batch_size 1 would fit"):
+    """Full fine-tuning on the card is refused, and offloading is what is left, by estimates of the real shapes."""
+    with pytest.raises(InputError, match="--recipe 8gb under DeepSpeed without --use_8bit_adam, --use_ema would fit"):
         check_fit(a_config(**RECIPES["16gb"], use_ema=True), stable_diffusion, CardMemory(4.0, 4.0))
 
 
