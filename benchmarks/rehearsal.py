@@ -98,7 +98,7 @@ class Rehearsal:
         if self.overlays and folder:
             known["PYTHONPATH"] = os.pathsep.join([known["PYTHONPATH"], str(self.overlays / folder)])
             known["PATH"] = os.pathsep.join([str(self.overlays / folder / "bin"), known["PATH"]])  # ninja
-            known["TORCH_EXTENSIONS_DIR"] = str(self.overlays / "ext")  # what DeepSpeed compiles, for the next time
+            known["TORCH_EXTENSIONS_DIR"] = str(self.overlays / folder / ".extensions")  # compiled once, by DeepSpeed
         return known
 
     def log(self, name: str) -> Path:
