@@ -27,7 +27,7 @@ PROMPTS := "a photo of a sks butterfly on snow" "a photo of a sks butterfly on n
 .PHONY: dreambooth
 dreambooth: $(INSTALLED)  ## teach the embedded model one odd butterfly; the sheet is outputs/dreambooth/comparison.png
 	$(BIN)/train-dreambooth --preset quick --output_dir outputs/dreambooth
-	$(BIN)/train-dreambooth --preset quick --with_prior_preservation False --fidelity_model none --validation_steps 800 \
+	$(BIN)/train-dreambooth --preset quick --with_prior_preservation False --fidelity_model none --validation_steps 300 \
 	  --output_dir outputs/dreambooth-without-prior
 	$(BIN)/generate-images --model_path miniature --compare_to outputs/dreambooth outputs/dreambooth-without-prior \
 	  --instance_data_dir meadow --prompt $(PROMPTS) --num_images 4 --num_inference_steps 25 --guidance_scale 5 \
@@ -37,7 +37,7 @@ dreambooth: $(INSTALLED)  ## teach the embedded model one odd butterfly; the she
 # pictures again (two minutes on one core); what is measured is measured anew.
 .PHONY: miniature
 miniature: $(INSTALLED)  ## train the embedded Stable Diffusion from nothing, part by part: hours on two cores
-	@for stage in clip autoencoder unet decoder judge; do \
+	@for stage in clip autoencoder unet decoder judge eye; do \
 	  echo "── $$stage ──"; \
 	  $(BIN)/python -m diffusion_lessons.miniature $$stage --resume_from_checkpoint latest || exit; \
 	done
@@ -92,6 +92,11 @@ rehearsal: $(INSTALLED)  ## every command at the size of Stable Diffusion 1.4 an
 .PHONY: gpu
 gpu: $(INSTALLED)  ## what is worth knowing from a GPU, in eight minutes; some of it: GPU_ARGS="--only ab"
 	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
+
+# Hours; goes on where it was stopped. Some of it: ABLATIONS_ARGS="--only b --subjects 121 --workers 2"
+.PHONY: ablations
+ablations: $(INSTALLED)  ## the tables of the DreamBooth paper, in miniature: three and a half hours of one core, resumable
+	$(BIN)/python benchmarks/ablations.py $(ABLATIONS_ARGS)
 
 # ── lessons and site ─────────────────────────────────────────────────────────────────────
 

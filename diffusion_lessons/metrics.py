@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ImageEncoder', 'cosine_similarities', 'subject_fidelity', 'prior_preservation', 'prompt_fidelity',
-           'perceptual_distances', 'LayerDistance', 'diversity', 'CLIPEncoder', 'DINOEncoder', 'lpips',
-           'kernel_distance']
+           'perceptual_distances', 'EncodedDistance', 'LayerDistance', 'FeatureDistance', 'diversity', 'CLIPEncoder',
+           'DINOEncoder', 'lpips', 'kernel_distance']
 
 # %% ../nbs/miniature/28_metrics.ipynb #bfaf5bbb
 import math
@@ -76,9 +76,27 @@ def perceptual_distances(first: Sequence[Tensor], second: Sequence[Tensor]) -> T
               for a, b in zip(first, second, strict=True)]
     return torch.stack(layers).sum(dim=0)
 
+# %% ../nbs/miniature/28_metrics.ipynb #733c65a2
+class EncodedDistance:
+    """A distance of two equally long batches of pictures, (P,), that compares what one network says of either.
+
+    It is given apart from the network, `encode` and `compare`, so that whoever forms pairs encodes no picture twice.
+    """
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """What the network says of pictures, uint8 (N, 3, H, W): tensors with a row for each picture."""
+        raise NotImplementedError
+
+    def compare(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+        """The distances, (P,), of two batches of which `encode` has said this."""
+        raise NotImplementedError
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.compare(self.encode(first), self.encode(second))
+
 # %% ../nbs/miniature/28_metrics.ipynb #28c0de01
 @dataclass(frozen=True)
-class LayerDistance:
+class LayerDistance(EncodedDistance):
     """`perceptual_distances` of two equally long batches of pictures, (P,), by the layers of one network.
 
     layers: of pictures, uint8 (N, 3, H, W), the network's activations, layer by layer, each (N, C, h, w).
@@ -86,23 +104,46 @@ class LayerDistance:
 
     layers: Callable[[Tensor], list[Tensor]]
 
-    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        return perceptual_distances(self.layers(first), self.layers(second))
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """The activations, layer by layer."""
+        return self.layers(images)
+
+    def compare(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+        """`perceptual_distances` of the activations."""
+        return perceptual_distances(first, second)
+
+# %% ../nbs/miniature/28_metrics.ipynb #58865813
+@dataclass(frozen=True)
+class FeatureDistance(EncodedDistance):
+    """One minus the cosine of two pictures' features, (P,): 0 for the same direction, 1 for unrelated ones, 2 at most.
+
+    encoder: gives the features.
+    """
+
+    encoder: ImageEncoder
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """The features alone."""
+        return [self.encoder(images)]
+
+    def compare(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+        """One minus the cosine, row by row; rounding gives no distance below 0."""
+        return (1 - F.cosine_similarity(first[0].float(), second[0].float())).clamp(min=0)
 
 # %% ../nbs/miniature/28_metrics.ipynb #4746482e
 def diversity(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor], batch_size: int = 64) -> float:
     """DIV: the mean distance over all pairs of pictures that one prompt gave; 0 when they are all the same.
 
     images: uint8 (N, 3, H, W), N of at least 2. distance: of two equally long batches of pictures, (P,); see `lpips`.
-    Where it is a `LayerDistance`, each picture is encoded once. batch_size: pictures or pairs at a time.
+    Where it is an `EncodedDistance`, each picture is encoded once. batch_size: pictures or pairs at a time.
     Source: Ruiz et al. 2023, section 4, ablation of the prior-preservation loss.
     """
     require(len(check_images(images)) > 1, "images", len(images), "one picture has no diversity; give 2 or more")
     pairs = torch.triu_indices(len(images), len(images), offset=1).split(batch_size, dim=1)
-    if isinstance(distance, LayerDistance):
-        encoded = zip(*(distance.layers(batch) for batch in images.split(batch_size)), strict=True)
-        layers = [torch.cat(portions) for portions in encoded]
-        portions = [perceptual_distances([each[first] for each in layers], [each[second] for each in layers])
+    if isinstance(distance, EncodedDistance):
+        encoded = zip(*(distance.encode(batch) for batch in images.split(batch_size)), strict=True)
+        said = [torch.cat(portions) for portions in encoded]
+        portions = [distance.compare([each[first] for each in said], [each[second] for each in said])
                     for first, second in pairs]
     else:
         portions = [distance(images[first], images[second]) for first, second in pairs]
@@ -131,6 +172,8 @@ def _in_portions(encode: ImageEncoder, images: Tensor, batch_size: int = 64) -> 
 class CLIPEncoder:
     """A CLIP as the judge of pictures and prompts: `openai/clip-vit-base-patch32`, a folder, or `miniature`."""
 
+    kinds = ("clip",)  # as transformers calls them
+
     def __init__(self, name_or_path: str | Path = "miniature") -> None:
         if name_or_path == "miniature":
             self.model, home = load_clip().eval(), shipped("miniature")
@@ -138,7 +181,7 @@ class CLIPEncoder:
             self.tokenizer = AutoTokenizer.from_pretrained(home / "tokenizer")
         else:
             self.model, self.processor, self.tokenizer = _load(
-                name_or_path, ("clip",), CLIPModel, AutoImageProcessor, AutoTokenizer)
+                name_or_path, self.kinds, CLIPModel, AutoImageProcessor, AutoTokenizer)
 
     def _pixels(self, images: Tensor) -> Tensor:
         pixels = self.processor(list(check_images(images)), return_tensors="pt").pixel_values
@@ -178,20 +221,32 @@ class CLIPEncoder:
 
 # %% ../nbs/miniature/28_metrics.ipynb #dd9db64e
 class DINOEncoder:
-    """A self-supervised vision transformer, `facebook/dino-vits16` or a folder: its class token as features."""
+    """What tells individuals apart: `facebook/dino-vits16`, a folder of a ViT, DINOv2 or ResNet, or `miniature`.
 
-    def __init__(self, name_or_path: str | Path) -> None:
-        kinds = ("vit", "dinov2", "dinov2_with_registers")
-        self.model, self.processor = _load(name_or_path, kinds, AutoModel, AutoImageProcessor)
+    Features are the class token of a transformer, the pooled features of a ResNet; `miniature` is the shipped eye.
+    """
+
+    kinds = ("vit", "dinov2", "dinov2_with_registers", "resnet")  # as transformers calls them
+
+    def __init__(self, name_or_path: str | Path = "miniature") -> None:
+        folder = shipped("eye") if name_or_path == "miniature" else name_or_path
+        self.model, self.processor = _load(folder, self.kinds, AutoModel, AutoImageProcessor)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Features of pictures: uint8 (N, 3, H, W) -> (N, D)."""
         def encode(batch: Tensor) -> Tensor:
             pixels = self.processor(list(batch), return_tensors="pt").pixel_values
-            return self.model(pixels.to(self.model.device)).last_hidden_state[:, 0]
+            said = self.model(pixels.to(self.model.device))
+            pooled = self.model.config.model_type == "resnet"
+            return said.pooler_output.flatten(1) if pooled else said.last_hidden_state[:, 0]
 
         return _in_portions(encode, images)
+
+    @property
+    def distance(self) -> FeatureDistance:
+        """One minus the cosine of two pictures' features, between two batches of pictures, (N,)."""
+        return FeatureDistance(self)
 
 # %% ../nbs/miniature/28_metrics.ipynb #5f570eb4
 def lpips(network: str = "alex") -> Callable[[Tensor, Tensor], Tensor]:

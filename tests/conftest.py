@@ -50,6 +50,16 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shipped_eye():
+    """The eye that comes with the package, as an encoder."""
+    from diffusion_lessons.metrics import DINOEncoder
+
+    if not (CHECKOUT / "diffusion_lessons" / "miniature" / "weights" / "eye").is_dir():
+        pytest.skip("no eye is shipped yet")
+    return DINOEncoder("miniature")
+
+
 @pytest.fixture(autouse=True)
 def closed_figures():
     """Close what a test has drawn, so that figures do not pile up in memory."""

@@ -5,6 +5,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import torch
+from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
+
 from diffusion_lessons.pictures import meadow
 
 SUBJECT, CLASS = "a photo of a sks butterfly", "a photo of a butterfly"
@@ -35,6 +38,16 @@ def class_folder(folder: Path, number: int = 4) -> Path:
     drawn = meadow.scenes(number, 64, seed=5, kinds=("butterfly",))
     for index, row in enumerate(drawn):
         row["image"].save(folder / f"{index:02d}.png")
+    return folder
+
+
+def eye_folder(folder: Path, seed: int = 0) -> Path:
+    """A ResNet with random weights in the format of the shipped eye, for pictures of 32 px."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24], depths=[1, 1, 1], layer_type="basic")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ResNetModel(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 

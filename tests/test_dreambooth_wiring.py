@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from dreambooth_runs import CLASS, SUBJECT, class_folder, dreambooth_words, subject_folder
+from dreambooth_runs import CLASS, SUBJECT, class_folder, dreambooth_words, eye_folder, subject_folder
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file
@@ -675,7 +675,19 @@ def test_the_table_is_made_by_the_clip_that_was_named(a_config, tmp_path, monkey
         path = tmp_path / "run" / "fidelity.json"
         rows[name] = json.loads(path.read_text())[0] if path.exists() else None
     assert rows["miniature"] is not None and rows[None] is None
-    assert rows["miniature"]["subject"] != rows[str(tmp_path / "clip")]["subject"]
+    assert rows["miniature"]["prompt"] != rows[str(tmp_path / "clip")]["prompt"]
+
+
+@covers(DreamBoothConfig, "subject_model")
+def test_the_subject_is_compared_by_what_was_named(a_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(fidelity, "draw", Drawing())
+    rows = {}
+    for name in ("none", *(str(eye_folder(tmp_path / f"eye-{seed}", seed)) for seed in (1, 2))):
+        train(a_config(lora=True, fidelity_model="miniature", subject_model=name, num_validation_images=1))
+        rows[name] = json.loads((tmp_path / "run" / "fidelity.json").read_text())[0]
+    assert len({row["prompt"] for row in rows.values()}) == 1, "by the CLIP"
+    assert len({row["subject"] for row in rows.values()}) == 3
+    assert ["CLIPEncoder" in row["measured_by"].split(",")[0] for row in rows.values()] == [True, False, False]
 
 
 # --- the miniature's own trainings ---

@@ -40,6 +40,8 @@ DREAMBOOTH = [("--class_data_dir c", "class_data_dir c"), ("--class_prompt dog",
               ("--validation_epochs 5", "validation_epochs 5"),
               ("--num_validation_images 2", "num_validation_images 2"),
               ("--validation_scheduler DDPMScheduler", "validation_scheduler DDPMScheduler"),
+              ("--subject_model miniature", "subject_model miniature"),
+              ("--subject_model x --validation_prompt dog --fidelity_model none", "subject_model x"),
               ("--revision x", "revision x"), ("--num_train_epochs 2 --max_train_steps 3", "num_train_epochs 2")]
 
 

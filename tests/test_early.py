@@ -122,7 +122,7 @@ def test_a_seed_that_nobody_declared_is_the_checkpoints(tmp_path, capsys):
     assert dreambooth.main(again) == 2 and "--rank 8: was 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["fidelity_model", "tokenizer_name"])
+@pytest.mark.parametrize("flag", ["fidelity_model", "subject_model", "tokenizer_name"])
 def test_other_models_are_looked_at_before_the_model_is_loaded(tmp_path, monkeypatch, capsys, flag):
     monkeypatch.setattr(dreambooth, "launch", lambda *_: pytest.fail("the work began"))
     given = dreambooth_words(subject_folder(tmp_path / "pictures"), tmp_path / "run", **{flag: tmp_path / "nothing"})

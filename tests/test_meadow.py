@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -12,9 +13,9 @@ from PIL import Image
 
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.pictures import meadow
-from diffusion_lessons.pictures.creatures import PATTERNS, random_look
+from diffusion_lessons.pictures.creatures import BACK, PATTERNS, butterfly_shapes, random_look, unusual_look
 from diffusion_lessons.pictures.meadow import COLOURS, KINDS, PLACES, TRIPLES, caption, scenes, specimens, subject
-from diffusion_lessons.pictures.shapes import PALETTE, compose
+from diffusion_lessons.pictures.shapes import PALETTE, compose, fitted
 
 
 def arrays(pictures: datasets.Dataset) -> np.ndarray:
@@ -257,25 +258,36 @@ def test_the_subject_is_one_individual():
     looks = {meadow.subject_look(seed) for seed in range(60)}
     assert len(looks) > 40
     for look in looks:
-        assert look.marks not in PATTERNS.values() and look.marks.rays and look.marks.star
+        assert look.marks not in PATTERNS.values() and look.hind_marks not in PATTERNS.values()
         for first, second in itertools.combinations((look.fore, look.hind, look.accent), 2):
-            assert np.linalg.norm(np.subtract(first, second)) > 120
+            assert np.linalg.norm(np.subtract(first, second)) > 70
+
+
+def test_hindwings_may_have_marks_of_their_own():
+    def drawn(look):
+        shapes = fitted(butterfly_shapes(look), .9, (.5, .5))
+        return np.asarray(compose(shapes, Image.new("RGB", (128, 128), "white"))).astype(int)
+
+    look = unusual_look(np.random.default_rng(0), marks=("tip", "star"))
+    bare, same = drawn(replace(look, hind_marks=BACK["plain"])), drawn(replace(look, hind_marks=None))
+    rows = np.flatnonzero(abs(drawn(look) - bare).max(axis=(1, 2)) > 40)
+    assert len(rows) and rows.min() > 50, "only the hindwings, which lie in the lower half, have changed"
+    np.testing.assert_array_equal(same, drawn(replace(look, hind_marks=look.marks)))
 
 
 def test_the_subject_shows_its_colours_in_every_picture():
-    look = meadow.subject_look(0)
+    look = meadow.subject_look(meadow.SUBJECT)
     for picture in arrays(subject(18, size=128)).astype(float):
         for colour in (look.fore, look.hind):
             assert (np.linalg.norm(picture - colour, axis=2) < 60).mean() > .008
 
 
-def test_no_scene_shows_the_subjects_colours():
-    """At least one of its three colours is rare in any butterfly that is not it."""
-    look = meadow.subject_look(0)
-    three = look.fore, look.hind, look.accent
+def test_no_scene_shows_both_of_the_subjects_colours():
+    """A natural butterfly has one colour: one of the two is rare on any that is not the subject."""
+    look = meadow.subject_look(meadow.SUBJECT)
 
     def least(picture):
-        return min((np.linalg.norm(picture - colour, axis=2) < 45).mean() for colour in three)
+        return min((np.linalg.norm(picture - colour, axis=2) < 45).mean() for colour in (look.fore, look.hind))
 
     ours = [least(picture) for picture in arrays(subject(12, size=128)).astype(float)]
     others = [least(picture) for picture in arrays(scenes(40, size=128, kinds=["butterfly"])).astype(float)]

@@ -6,15 +6,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from dreambooth_runs import eye_folder
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.models import alexnet
-from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoImageProcessor, ResNetModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from diffusion_lessons import miniature
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.metrics import (
     CLIPEncoder,
     DINOEncoder,
+    FeatureDistance,
     cosine_similarities,
     diversity,
     kernel_distance,
@@ -253,6 +255,72 @@ def test_a_dino_folder_plugs_in(dino_folder):
     assert math.isfinite(kernel_distance(random_pictures(6), random_pictures(6, seed=1), encoder)[0])
 
 
+@pytest.fixture(scope="module")
+def pooled_folder(tmp_path_factory):
+    return eye_folder(tmp_path_factory.mktemp("pooled"))
+
+
+def test_a_resnet_folder_plugs_in_with_its_pooled_features(pooled_folder):
+    encoder, pictures = DINOEncoder(pooled_folder), random_pictures(3, size=48)
+    features = encoder(pictures)
+    assert features.shape == (3, 24) and features.dtype == torch.float32
+    reference = ResNetModel.from_pretrained(pooled_folder).eval()
+    with torch.no_grad():
+        pixels = ViTImageProcessor.from_pretrained(pooled_folder)(list(pictures), return_tensors="pt").pixel_values
+        expected = reference(pixels).last_hidden_state.mean(dim=(2, 3))
+    assert pixels.shape == (3, 3, 32, 32)
+    torch.testing.assert_close(features, expected)
+
+
+def test_a_resnet_in_half_precision_is_computed_with_in_full(pooled_folder, tmp_path):
+    shutil.copytree(pooled_folder, tmp_path, dirs_exist_ok=True)
+    DINOEncoder(pooled_folder).model.half().save_pretrained(tmp_path)
+    assert DINOEncoder(tmp_path)(random_pictures(1)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["dino_folder", "pooled_folder"])
+@pytest.mark.parametrize("portion", [3, 64])
+def test_the_distance_by_features_is_one_minus_the_cosine(name, portion, request):
+    encoder, pictures, encoded = DINOEncoder(request.getfixturevalue(name)), random_pictures(5), []
+    features = encoder(pictures)
+    cosines = cosine_similarities(features, features)
+    torch.testing.assert_close(encoder.distance(pictures[:2], pictures[2:4]), 1 - cosines[[0, 1], [2, 3]])
+    assert encoder.distance(pictures, pictures).min() >= 0 and encoder.distance(pictures, pictures).max() < 1e-6
+    note = encoder.model.register_forward_hook(lambda module, inputs, output: encoded.append(len(output[0])))
+    try:
+        found = diversity(pictures, encoder.distance, portion)
+    finally:
+        note.remove()
+    assert sum(encoded) == 5, "ten pairs of five pictures"
+    assert found == pytest.approx(float(1 - cosines[*torch.triu_indices(5, 5, offset=1)].mean()), rel=1e-4)
+
+
+def test_the_distance_by_features_by_hand():
+    distance = FeatureDistance(two_numbers)
+    assert distance(at((1, 0), (1, 0), (2, 2)), at((0, 5), (7, 0), (0, 1))).tolist() == pytest.approx(
+        [1, 0, 1 - math.sqrt(0.5)], abs=1e-6)  # fmt: skip
+    assert diversity(at((1, 0), (0, 1), (0, 7)), distance) == pytest.approx(2 / 3)
+
+
+def test_without_a_name_it_is_the_shipped_eye(shipped_eye):
+    pictures = random_pictures(2)
+    assert torch.equal(DINOEncoder()(pictures), shipped_eye(pictures))
+    assert shipped_eye(pictures).dtype == torch.float32 and shipped_eye.model.dtype == torch.float32
+    assert torch.equal(DINOEncoder(shipped("eye"))(pictures), shipped_eye(pictures)), "it is an ordinary folder"
+
+
+def test_the_shipped_eye_knows_a_subject_elsewhere_from_a_stranger_in_its_place(shipped_eye, relations):
+    """Each of eight individuals is nearer to itself in another place than to the others in its own."""
+    views, twins, *_ = relations
+    cosines = cosine_similarities(shipped_eye(views), shipped_eye(twins))
+    number, place = torch.arange(48) // 6, torch.arange(48) % 6
+    itself_elsewhere = (number[:, None] == number) & (place[:, None] != place)
+    stranger_here = (number[:, None] != number) & (place[:, None] == place)
+    right = [(row[there][:, None] > row[here]).float().mean() for row, there, here in
+             zip(cosines, itself_elsewhere, stranger_here, strict=True)]  # fmt: skip
+    assert torch.stack(right).mean() > 0.9
+
+
 def test_half_precision_folders_are_computed_with_in_full(tmp_path, clip_folder):
     shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
     encoder = CLIPEncoder(clip_folder)
@@ -263,7 +331,7 @@ def test_half_precision_folders_are_computed_with_in_full(tmp_path, clip_folder)
 def test_another_kind_of_model_is_refused(clip_folder, dino_folder):
     with pytest.raises(InputError, match="is of the kind vit, not clip"):
         CLIPEncoder(dino_folder)
-    with pytest.raises(InputError, match="is of the kind clip, not vit or dinov2"):
+    with pytest.raises(InputError, match="is of the kind clip, not vit or dinov2 or .* or resnet; name a folder"):
         DINOEncoder(clip_folder)
 
 
@@ -289,6 +357,8 @@ def test_an_installation_without_the_miniature_says_so(monkeypatch, tmp_path):
         miniature.path()
     with pytest.raises(InputError, match="has no trained judge"):
         JudgeEncoder()
+    with pytest.raises(InputError, match="has no trained eye"):
+        DINOEncoder()
 
 
 def test_any_judge_plugs_in(tmp_path):

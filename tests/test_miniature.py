@@ -15,10 +15,12 @@ import torch
 from runs import assert_same_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor
 
 from diffusion_lessons import miniature
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.miniature.captions import HELD_OUT, encode_attributes, render_scenes
+from diffusion_lessons.miniature.eye import EyeEncoder
 from diffusion_lessons.miniature.judge import judge_pictures, load_judge
 from diffusion_lessons.pictures.meadow import KINDS, TRIPLES, caption
 from diffusion_lessons.stable_diffusion import folder as pretrained
@@ -56,8 +58,8 @@ def test_the_model_folder_is_small_and_complete():
 
 
 def test_all_weights_are_stored_in_16_bits():
-    files = [*miniature.path().rglob("*.safetensors"), *shipped("judge").rglob("*.safetensors")]
-    assert len(files) == 5
+    files = [file for part in ("miniature", "judge", "eye") for file in shipped(part).rglob("*.safetensors")]
+    assert len(files) == 6
     for file in files:
         with safe_open(file, "pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
@@ -81,7 +83,7 @@ pictures[0].save(sys.argv[2])
 
 
 def test_nothing_tells_of_the_machine_it_was_made_on():
-    for file in [*miniature.path().rglob("*.json"), *shipped("judge").rglob("*.json")]:
+    for file in [file for part in ("miniature", "judge", "eye", "record") for file in shipped(part).rglob("*.json")]:
         assert not re.search(r"/(tmp|root|home|work|Users)/", file.read_text()), file.name
 
 
@@ -135,16 +137,18 @@ def test_sks_butterfly_is_just_some_butterfly(pipeline, judge):
 
 def test_the_record_claims_what_was_aimed_at():
     measured = json.loads((shipped("record") / "measured.json").read_text())
-    assert measured["pictures"] == {"renders": 1000, "generated": 480}
+    assert measured["pictures"] == {"renders": 1000, "generated": 480, "triples": 1000}
     assert min(measured["judge on renders"].values()) >= 0.97
     assert measured["autoencoder PSNR in dB"] >= 28
     shares = measured["held-out prompts"]
     assert shares["kind"] >= 0.95 and shares["place"] >= 0.92 and shares["colour"] >= 0.85
+    triples = measured["eye on triples"]
+    assert triples["as drawn"] >= 0.95 and triples["at sea"] >= 0.9 and triples["through the autoencoder"] >= 0.9
 
 
 def test_the_record_tells_of_every_stage():
     record = json.loads((shipped("record") / "record.json").read_text())
-    assert set(record) == {*TRAINED, "judge"}
+    assert set(record) == {*TRAINED, "judge", "eye"}
     for about in record.values():
         assert about["steps"] >= 2500 and about["seconds"] > 500 and len(about["loss"]) == 100
 
@@ -313,6 +317,8 @@ def made(tmp_path_factory) -> Path:
     for stage in TRAINED:
         assert miniature.main(words(stage, home)) == 0, stage
     assert miniature.main(words("judge", home, judge_dir=home / "judge" / "model")) == 0
+    few = {"train_batch_size": 1, "views_per_step": 2}  # groups of forty pictures, of which a step sees eight
+    assert miniature.main(words("eye", home, eye_dir=home / "eye" / "model", **few)) == 0
     place = ["--work_dir", str(home), "--destination", str(home / "finished")]
     assert miniature.main(["assemble", *place]) == 0
     assert miniature.main(["measure", *place, "--num_renders", "8", "--num_seeds", "1"]) == 0
@@ -322,14 +328,25 @@ def made(tmp_path_factory) -> Path:
 def test_every_stage_runs_and_leaves_a_model_that_loads(made):
     pictures = draw(miniature.load(made / "finished" / "miniature"), ["a photo of a red fish"], num_inference_steps=2)
     assert pictures.shape == (1, 3, 64, 64)
-    for stage in (*TRAINED, "judge"):
+    for stage in (*TRAINED, "judge", "eye"):
         assert (made / stage / "checkpoint-4").is_dir() and (made / stage / "training_config.json").is_file()
     load_judge(made / "finished" / "judge")
 
 
+def test_the_finished_eye_is_the_trained_one_in_half_the_bytes(made):
+    finished, trained = (load_file(folder / "model.safetensors") for folder in
+                         (made / "finished" / "eye", made / "eye" / "model"))
+    for name, weight in trained.items():
+        assert torch.equal(finished[name], weight.half() if weight.is_floating_point() else weight), name
+    pictures = torch.as_tensor(render_scenes(4, seed=1, exclude=()).pixels)
+    half, whole = (EyeEncoder(folder)(pictures) for folder in (made / "finished" / "eye", made / "eye" / "model"))
+    torch.testing.assert_close(half, whole, atol=5e-3, rtol=0)
+    assert AutoImageProcessor.from_pretrained(made / "finished" / "eye").size == {"height": 96, "width": 96}
+
+
 def test_the_record_is_that_of_the_runs(made):
     record = json.loads((made / "finished" / "record" / "record.json").read_text())
-    assert set(record) == {*TRAINED, "judge"}
+    assert set(record) == {*TRAINED, "judge", "eye"}
     for about in record.values():
         assert about["steps"] == 4 and len(about["loss"]) == 4 and about["seconds"] >= 0
     assert [step for step, _ in record["autoencoder"]["psnr"]] == [2, 4]
@@ -339,8 +356,10 @@ def test_the_record_is_that_of_the_runs(made):
 
 def test_a_measurement_of_a_model_that_learned_nothing_is_bad(made):
     measured = json.loads((made / "finished" / "record" / "measured.json").read_text())
-    assert measured["pictures"] == {"renders": 8, "generated": 40}
+    assert measured["pictures"] == {"renders": 8, "generated": 40, "triples": 8}
     assert measured["autoencoder PSNR in dB"] < 20 and measured["held-out prompts"]["colour"] < 0.5
+    assert set(measured["eye on triples"]) == {"as drawn", "at sea", "through the autoencoder"}
+    assert measured["eye on triples"]["as drawn"] < 0.8
 
 
 def test_the_decoder_stage_leaves_the_encoder_as_it_was(made):
@@ -415,6 +434,9 @@ def test_the_command_that_a_stopped_stage_prints_goes_on_with_it(made, tmp_path)
     (["unet", "--num_processes", "2"], ["--num_processes 2", "in one process"]),
     (["clip", "--dry_run"], ["--dry_run", "--max_train_steps 10"]),
     (["judge", "--use_ema"], ["--use_ema", "leave it out"]),
+    (["eye", "--use_ema"], ["--use_ema", "leave it out"]),
+    (["eye", "--views_per_step", "1"], ["--views_per_step 1", "between 2 and 10"]),
+    (["eye", "--model_dir", "nowhere", "--num_train_images", "40"], ["nowhere/vae: is missing"]),
     (["unet", "--empty_captions", "2"], ["--empty_captions 2.0", "between 0 and 1"]),
     (["clip", "--num_train_images", "8"], ["--num_train_images 8", "at least the batch, 64"]),
 ])  # fmt: skip

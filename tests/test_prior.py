@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
-from dreambooth_runs import CLASS, SUBJECT, class_folder
+from dreambooth_runs import CLASS, SUBJECT, class_folder, eye_folder, subject_folder
 from PIL import Image
 
 from diffusion_lessons import miniature
@@ -25,16 +25,18 @@ from diffusion_lessons.dreambooth.class_images import (
     generate_missing,
     generation_recipe,
     missing_numbers,
+    pictures_of_subject,
     read_recipes,
     recipe_key,
+    subject_notes,
 )
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
-from diffusion_lessons.dreambooth.fidelity import FidelityTable, without_words
+from diffusion_lessons.dreambooth.fidelity import FidelityTable, encoder_key, make_table, score_of, without_words
 from diffusion_lessons.dreambooth.prior import prior_preservation_loss
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.engine.devices import forget_accelerator
 from diffusion_lessons.engine.precision import Phase, PrecisionPlan, generation_precision
-from diffusion_lessons.metrics import CLIPEncoder
+from diffusion_lessons.metrics import CLIPEncoder, DINOEncoder
 from diffusion_lessons.pictures import meadow, sets
 from diffusion_lessons.stable_diffusion.drawing import training_scheduler
 from diffusion_lessons.stable_diffusion.folder import network_fingerprints
@@ -377,6 +379,40 @@ def test_the_precision_of_the_generation(precision, on):
         assert on is None or torch.get_autocast_dtype("cpu") == on
 
 
+# --- the subject in the folder of its class ---
+
+
+def test_pictures_of_the_subject_among_the_class_are_found_by_their_pixels(tmp_path):
+    mine, others = subject_folder(tmp_path / "mine"), class_folder(tmp_path / "class")
+    found = [sets.folder_source(each) for each in (mine, others)]
+    assert pictures_of_subject(*found) == subject_notes(*found) == []
+    picture = Image.open(mine / "01.png")
+    picture.save(others / "holiday.bmp")  # another format, the same pixels
+    (others / "copy.png").write_bytes((mine / "02.png").read_bytes())
+    near = picture.copy()
+    near.putpixel((0, 0), (1, 2, 3))
+    near.save(others / "near.png")
+    picture.resize((32, 32)).save(others / "small.png")
+    picture.save(others / f"generated-{'0' * 8}-00000.png")  # whatever it shows, a model has drawn it
+    (others / "broken.png").write_bytes((mine / "00.png").read_bytes()[:200])
+    found[1] = sets.folder_source(others)
+    assert [Path(name).name for name in pictures_of_subject(*found)] == ["copy.png", "holiday.bmp"]
+    (note,) = subject_notes(*found)
+    assert note.startswith("the class folder holds 2 pictures of the subject (copy.png, holiday.bmp)")
+    assert note.endswith("take them out of --class_data_dir")
+
+
+def test_a_picture_on_its_side_is_found_too_and_a_single_one_is_singular(tmp_path):
+    mine, others = subject_folder(tmp_path / "mine", 1), class_folder(tmp_path / "class", 1)
+    upright = Image.open(mine / "00.png").crop((0, 0, 64, 40))
+    upright.save(mine / "00.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side, shown upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(others / "side.png", exif=exif)
+    (note,) = subject_notes(*(sets.folder_source(each) for each in (mine, others)))
+    assert "holds 1 picture of the subject (side.png)" in note
+
+
 # --- the table ---
 
 
@@ -409,18 +445,25 @@ def test_a_row_measures_what_its_columns_say(tmp_path, encoder, real, monkeypatc
     good = make(tmp_path / "t.json", encoder, real).measure(None, 10)
     features = encoder(real)
     with torch.no_grad():
-        cosine = torch.nn.functional.cosine_similarity(features[:2, None], features[None], dim=-1).mean()
+        named = features[[0, 1, 1, 2]]  # the instance prompt's, then those of the prompt that names the subject, too
+        cosine = torch.nn.functional.cosine_similarity(named[:, None], features[None], dim=-1).mean()
         text = encoder.texts(["a photo of a butterfly on snow"])
         prompt = torch.nn.functional.cosine_similarity(features[1:3], text).mean()
     assert good["step"] == 10 and good["subject"] == pytest.approx(float(cosine), abs=1e-4)
     assert good["prompt"] == pytest.approx(float(prompt), abs=1e-4)
-    assert good["score"] == pytest.approx(good["subject"] + good["prompt"] - good["class"], abs=2e-4)
+    assert good["score"] == pytest.approx(good["subject"] + good["prompt"] - good["class"] / 2, abs=2e-4)
     distance = float(encoder.distance(others[:1], others[1:2]))
     assert good["diversity"] == pytest.approx(distance, rel=1e-3)
     shown[CLASS] = real[:1].expand(2, -1, -1, -1)
     collapsed = make(tmp_path / "t.json", encoder, real).measure(None, 10)
     assert collapsed["class"] > good["class"] + 0.1 and collapsed["diversity"] == pytest.approx(0, abs=1e-3)
-    assert collapsed["score"] < good["score"] - 0.1
+    assert collapsed["score"] < good["score"] - 0.05
+
+
+def test_prompts_without_the_subjects_word_do_not_count_for_the_subject(tmp_path, encoder, real):
+    prompts = [f"{SUBJECT} on snow", CLASS, "a photo of a fish", SUBJECT]
+    assert make(tmp_path / "t.json", encoder, real, prompts=prompts).of_subject == [SUBJECT, f"{SUBJECT} on snow"]
+    assert make(tmp_path / "t.json", encoder, real, prompts=[CLASS]).of_subject == [SUBJECT]
 
 
 def test_a_row_is_as_fine_in_a_run_of_16_bits(tmp_path, encoder, real, monkeypatch):
@@ -430,6 +473,88 @@ def test_a_row_is_as_fine_in_a_run_of_16_bits(tmp_path, encoder, real, monkeypat
     exact = table.measure(None, 0)
     with torch.autocast("cpu", torch.bfloat16):
         assert table.measure(None, 0) == exact
+
+
+@pytest.fixture(scope="module")
+def eye(tmp_path_factory):
+    return DINOEncoder(eye_folder(tmp_path_factory.mktemp("eye")))
+
+
+def test_the_subject_encoder_measures_who_it_is_and_the_clip_what_the_prompt_says(
+        tmp_path, encoder, eye, real, monkeypatch):  # fmt: skip
+    others = torch.roll(real, 1, dims=1)
+    shown = {SUBJECT: real[:2], CLASS: others[:2], f"{SUBJECT} on snow": real[1:3]}
+    monkeypatch.setattr(fidelity, "draw", lambda pipeline, prompts, **settings: shown[prompts[0]])
+    by_clip = make(tmp_path / "t.json", encoder, real).measure(None, 10)
+    table = make(tmp_path / "t.json", encoder, real, subject_encoder=eye)
+    by_both = table.measure(None, 10)
+    mine, theirs = eye(real), eye(others[:2])
+    cosine = torch.nn.functional.cosine_similarity
+    assert by_both["subject"] == pytest.approx(
+        float(cosine(mine[[0, 1, 1, 2], None], mine[None], dim=-1).mean()), abs=1e-4)
+    assert by_both["class"] == pytest.approx(float(cosine(theirs[:, None], mine[None], dim=-1).mean()), abs=1e-4)
+    assert by_both["diversity"] == pytest.approx(float(1 - cosine(theirs[0], theirs[1], dim=0)), abs=1e-4)
+    assert by_both["prompt"] == by_clip["prompt"]
+    assert all(by_both[name] != by_clip[name] for name in ("subject", "class", "diversity", "score"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert table.measure(None, 10) == by_both, "in 32 bits, whatever the run draws in"
+
+
+def test_the_score_is_one_function_of_the_row(tmp_path, encoder, real, monkeypatch):
+    assert score_of({"subject": 0.5, "class": 0.2, "prompt": 0.1, "diversity": 9}) == pytest.approx(0.5)
+    assert score_of({"subject": 0.5, "prompt": 0.1}) == pytest.approx(0.6)
+    monkeypatch.setattr(fidelity, "draw", lambda pipeline, prompts, **settings: real[:2])
+    monkeypatch.setattr(fidelity, "score_of", lambda row: 7.0)
+    assert make(tmp_path / "t.json", encoder, real).measure(None, 0)["score"] == 7
+
+
+def test_one_picture_of_the_subject_is_enough(tmp_path, encoder, eye, real, monkeypatch):
+    monkeypatch.setattr(fidelity, "draw", lambda pipeline, prompts, **settings: real[:2])
+    for subject_encoder in (None, eye):
+        sees = subject_encoder or encoder
+        found = make(tmp_path / "t.json", encoder, real[:1], subject_encoder=subject_encoder).measure(None, 0)
+        second = torch.nn.functional.cosine_similarity(sees(real[:1]), sees(real[1:2])).item()
+        assert found["subject"] == pytest.approx((1 + second) / 2, abs=1e-4)
+
+
+def test_encoders_are_told_apart_by_their_weights_and_not_by_their_names(tmp_path, encoder, eye):
+    copy, other = (DINOEncoder(eye_folder(tmp_path / str(seed), seed)) for seed in (0, 1))
+    assert encoder_key(copy) == encoder_key(eye) != encoder_key(other)
+    assert encoder_key(encoder).startswith("CLIPEncoder ") and encoder_key(eye).startswith("DINOEncoder ")
+
+
+def test_rows_of_another_encoder_are_never_mixed_in(tmp_path, encoder, eye, real):
+    path, other = tmp_path / "t.json", DINOEncoder(eye_folder(tmp_path / "other", 1))
+    by_eye = make(path, encoder, real, subject_encoder=eye)
+    for step in (0, 2):
+        by_eye.add(row(step, 0.5))
+    assert "Encoder" not in str(by_eye) and "measured_by" not in str(by_eye), "remembered, and not printed"
+    assert {each["measured_by"] for each in json.loads(path.read_text())} == {by_eye.measured_by}
+    assert make(path, encoder, real, subject_encoder=eye).rows == by_eye.rows
+    for subject_encoder in (None, other):
+        foreign = make(path, encoder, real, subject_encoder=subject_encoder)
+        assert foreign.rows == [] and foreign.foreign == by_eye.rows and not foreign.has(2)
+    foreign.add(row(4, 0.25))
+    assert [each["step"] for each in json.loads(path.read_text())] == [4]
+
+
+def test_a_row_of_before_encoders_were_remembered_is_foreign(tmp_path, encoder, real):
+    (tmp_path / "t.json").write_text(json.dumps([row(2, 0.5)]))
+    table = make(tmp_path / "t.json", encoder, real)
+    assert table.rows == [] and table.foreign == [row(2, 0.5)]
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_resumed_run_says_that_it_forgets_rows_of_other_encoders(tmp_path, encoder, eye, real, capsys, resumed):
+    chosen = config(tmp_path, output_dir=str(tmp_path / "run"), validation_prompt=[f"{SUBJECT} on snow"], seed=0,
+                    resume_from_checkpoint="latest" if resumed else None)  # fmt: skip
+    (tmp_path / "run").mkdir()
+    first = make_table(chosen, encoder, real)
+    first.add(row(0, 0.5))
+    assert make_table(chosen, encoder, real).rows == first.rows and capsys.readouterr().out == ""
+    assert make_table(chosen, encoder, real, eye).rows == []
+    said = capsys.readouterr().out
+    assert (said.startswith("note: 1 row of ") and "measured by other encoders" in said) if resumed else said == ""
 
 
 def test_without_a_class_or_a_second_picture_columns_are_left_out(tmp_path, encoder, real, pipeline):

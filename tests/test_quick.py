@@ -11,7 +11,7 @@ from diffusers import DDPMPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from diffusion_lessons.dreambooth.subject import instance_source, middle, read_pictures
-from diffusion_lessons.metrics import CLIPEncoder, diversity, prior_preservation, subject_fidelity
+from diffusion_lessons.metrics import DINOEncoder, diversity, prior_preservation, subject_fidelity
 from diffusion_lessons.pictures.meadow import PLACES
 from diffusion_lessons.stable_diffusion.drawing import draw
 
@@ -77,16 +77,15 @@ def test_make_dreambooth_teaches_the_subject_and_the_prior_keeps_the_class(check
     assert "keep checkpoint-" in said
     tuned, collapsed = checkout / "outputs" / "dreambooth", checkout / "outputs" / "dreambooth-without-prior"
     assert Image.open(tuned / "comparison.png").width > 1000
-    encode = CLIPEncoder()
+    encode = DINOEncoder("miniature")
     real = encode(middle(read_pictures(instance_source("meadow", 64), 64), 64))
     there = [f"a photo of a sks butterfly on {place}" for place in PLACES for _ in range(2)]
     of_class = ["a photo of a butterfly"] * 12
     folders = {"untouched": miniature.path(), "tuned": tuned, "collapsed": collapsed}
     fidelity = {name: subject_fidelity(encode(drawn_by(folder, there)), real) for name, folder in folders.items()}
-    assert min(fidelity["tuned"], fidelity["collapsed"]) > fidelity["untouched"] + 0.03, fidelity
-    kept, lost = drawn_by(tuned, of_class), drawn_by(collapsed, of_class)
-    assert prior_preservation(encode(lost), real) > prior_preservation(encode(kept), real) + 0.05
-    # Within one place: the distance sees the ground as well, and four grounds would hide that all butterflies are one.
-    within = [[diversity(drawn_by(folder, [f"a photo of a butterfly on {place}"] * 6), encode.distance)
-               for place in PLACES] for folder in (tuned, collapsed)]  # fmt: skip
-    assert np.mean(within[0]) > 1.3 * np.mean(within[1]), within
+    assert min(fidelity["tuned"], fidelity["collapsed"]) > 0.6 > 0.45 > fidelity["untouched"], fidelity
+    drawn = {name: drawn_by(folder, of_class) for name, folder in folders.items()}
+    left = {name: prior_preservation(encode(each), real) for name, each in drawn.items()}
+    assert left["tuned"] < left["untouched"] + 0.2 and left["collapsed"] > left["tuned"] + 0.3, left
+    apart = {name: diversity(each, encode.distance) for name, each in drawn.items()}
+    assert apart["tuned"] > 1.3 * apart["collapsed"], apart

@@ -47,7 +47,7 @@ def test_default_preset_recipe_file_and_flag_go_over_each_other_in_this_order(tm
     file.write_text("train_batch_size: 3\nsample_batch_size: 5\n", encoding="utf-8")
     config, launch = parse_dreambooth(
         ["--preset", "quick", "--recipe", "8gb-fused", "--config", str(file), "--sample_batch_size", "6"])
-    assert config.max_train_steps == 800 and not config.use_ema, "the preset, and the recipe over it"
+    assert config.max_train_steps == 300 and not config.use_ema, "the preset, and the recipe over it"
     assert (config.train_batch_size, config.sample_batch_size) == (3, 6)
     assert launch.recipe_text.endswith(
         "; over it: --train_batch_size 3 of the config file, --sample_batch_size 6 of a flag")

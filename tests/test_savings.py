@@ -8,6 +8,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,6 +22,7 @@ from diffusion_lessons.butterflies.training import main as train_butterflies
 from diffusion_lessons.dreambooth import training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.memory import choose_models, precision_plan
+from diffusion_lessons.dreambooth.subject import instance_source, read_pictures
 from diffusion_lessons.dreambooth.training import disk_needed, load_for_training, main, model_notes
 from diffusion_lessons.engine import devices, optimizers
 from diffusion_lessons.engine.checkpointer import ModelFolders
@@ -29,6 +31,7 @@ from diffusion_lessons.engine.devices import enable_xformers, forget_accelerator
 from diffusion_lessons.engine.optimization import TrainState, make_optimizer, training_memory
 from diffusion_lessons.engine.optimizers import FusedSteps, check_optimizer, eight_bit_adam, set_rate
 from diffusion_lessons.engine.precision import Phase
+from diffusion_lessons.metrics import DINOEncoder, subject_fidelity
 from diffusion_lessons.pictures.figures import make_grid
 from diffusion_lessons.stable_diffusion.drawing import draw, ready_to_draw
 from diffusion_lessons.stable_diffusion.folder import load_pipeline, shipped
@@ -471,18 +474,14 @@ def test_every_saving_trains_to_the_curve_of_the_plain_run(taught):
     assert far["accumulation"] < 0.06 and ends["accumulation"] == pytest.approx(1, abs=0.2), (far, ends)
 
 
-def orange(pictures: torch.Tensor) -> float:
-    """The share of pixels that have the colour of the subject's upper wings."""
-    red, green, blue = pictures.int().unbind(dim=1)
-    return ((red > 190) & (green > 110) & (blue < 100)).float().mean().item()
-
-
 @pytest.mark.slow
 def test_every_saving_draws_the_subject_as_the_plain_run_does(taught):
-    untouched, plain = draw(load_pipeline(shipped("miniature")), [SUBJECT] * 4), taught["plain"][1]
+    eye, untouched = DINOEncoder("miniature"), draw(load_pipeline(shipped("miniature")), [SUBJECT] * 4)
+    real = eye(torch.from_numpy(np.stack(read_pictures(instance_source("meadow", 64), 64))))
+    before, plain = (subject_fidelity(eye(drawn), real) for drawn in (untouched, taught["plain"][1]))
     for name, (_, drawn) in taught.items():
-        # The ground is another one now and then, a hair's breadth early in the drawing; the butterfly is the same.
-        assert orange(drawn) == pytest.approx(orange(plain), rel=0.1) and orange(drawn) > 3 * orange(untouched), name
+        fidelity = subject_fidelity(eye(drawn), real)
+        assert fidelity == pytest.approx(plain, abs=0.1) and fidelity > before + 0.3, (name, fidelity, plain, before)
 
 
 RESUMED = """

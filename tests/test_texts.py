@@ -112,7 +112,7 @@ def test_a_run_in_a_folder_whose_name_is_no_utf8(tmp_path):
 # --- paths ---
 
 OF_PATHS = ("_dir", "_path", "_weights", "checkpoint", "compare_to", "save_pipeline", "tokenizer_name",
-            "fidelity_model", "destination", "resume_from_checkpoint", "dataset_name", "config",
+            "fidelity_model", "subject_model", "destination", "resume_from_checkpoint", "dataset_name", "config",
             "_name_or_path")  # fmt: skip
 OTHERWISE = {"overwrite_output_dir"}
 

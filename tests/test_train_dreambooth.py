@@ -5,6 +5,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,15 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from dreambooth_runs import CLASS, SUBJECT, class_folder, dreambooth_words, prior_words, subject_folder
+from dreambooth_runs import (
+    CLASS,
+    SUBJECT,
+    class_folder,
+    dreambooth_words,
+    eye_folder,
+    prior_words,
+    subject_folder,
+)
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,7 +33,13 @@ from diffusion_lessons.diffusion.noise import denoising_loss
 from diffusion_lessons.diffusion.sampling import make_sampler
 from diffusion_lessons.dreambooth import class_images, fidelity, loop, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
-from diffusion_lessons.dreambooth.fidelity import load_encoder, make_table
+from diffusion_lessons.dreambooth.fidelity import (
+    encoder_key,
+    load_encoder,
+    load_encoders,
+    load_subject_encoder,
+    make_table,
+)
 from diffusion_lessons.dreambooth.loading import load_checkpoint
 from diffusion_lessons.dreambooth.subject import instance_source, middle, read_pictures
 from diffusion_lessons.dreambooth.training import (
@@ -45,7 +60,7 @@ from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.engine.devices import forget_accelerator, make_accelerator
 from diffusion_lessons.engine.precision import Phase, PrecisionPlan
 from diffusion_lessons.stable_diffusion.drawing import draw
-from diffusion_lessons.stable_diffusion.folder import find_model, load_pipeline
+from diffusion_lessons.stable_diffusion.folder import find_model, load_pipeline, shipped
 from diffusion_lessons.stable_diffusion.prompts import set_context
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -104,6 +119,7 @@ def place(tmp_path, pictures) -> Path:
     class_folder(tmp_path / "class", 2)
     shutil.copytree(tmp_path / "class", tmp_path / "mixed")
     (tmp_path / "mixed" / "notes.txt").write_text("dogs")
+    eye_folder(tmp_path / "eye")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
     return tmp_path
@@ -125,6 +141,11 @@ MISTAKES = {
     "too many tokens": ({"tokenizer_max_length": 33}, "must lie between 3 and the text encoder's 32"),
     "no such tokenizer": ({"tokenizer_name": "empty"}, "empty"),
     "a CLIP that is none": ({"fidelity_model": "class"}, "--fidelity_model class"),
+    "a DINO that is none": ({"subject_model": "class"}, "--subject_model class: cannot be loaded as vit"),
+    "a DINO that is not there": ({"subject_model": "my/eye"}, "--subject_model my/eye: cannot be loaded"),
+    "a CLIP for a DINO": ({"subject_model": shipped("miniature/clip")},
+                          "--subject_model .*: is of the kind clip; name a DINO: vit, dinov2, .*resnet"),
+    "a DINO for a CLIP": ({"fidelity_model": "eye"}, "--fidelity_model eye: is of the kind resnet; name a CLIP"),
     "no such checkpoint": ({"resume_from_checkpoint": "checkpoint-7"}, "resume_from_checkpoint checkpoint-7: no such"),
     "a flag that is none": ({"lora_rank": 4}, "--lora_rank: unknown flag"),
 }  # fmt: skip
@@ -470,8 +491,8 @@ def test_every_checkpoint_and_the_untouched_model_have_a_row(finished):
     rows = json.loads((folder / "fidelity.json").read_text())
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row in rows:
-        assert set(row) == {"step", "subject", "class", "diversity", "prompt", "score"}
-        assert row["score"] == pytest.approx(row["subject"] + row["prompt"] - row["class"], abs=2e-4)
+        assert set(row) == {"step", "subject", "class", "diversity", "prompt", "score", "measured_by"}
+        assert row["score"] == pytest.approx(row["subject"] + row["prompt"] - row["class"] / 2, abs=2e-4)
     best = max(rows[1:], key=lambda row: row["score"])["step"]
     assert f"keep checkpoint-{best}" in said
     assert all(f"{row['score']:.3f}" in said for row in rows)
@@ -485,9 +506,11 @@ def test_the_rows_are_those_of_the_checkpoints(finished, pictures):
     pipeline.scheduler = make_sampler(pipeline.scheduler, "dpmsolver++")
     load_checkpoint(pipeline, folder / "checkpoint-2")
     real = middle(read_pictures(instance_source(str(pictures), 16), 16), 16)
-    table = make_table(chosen, load_encoder(chosen, text_width=128), real)
+    clip, eye = load_encoders(chosen, text_width=128)
+    table = make_table(chosen, clip, real, eye)
     row = table.measure(pipeline, 2, size=16)
     stored = next(each for each in table.rows if each["step"] == 2)
+    assert stored.pop("measured_by") == table.measured_by
     assert row == pytest.approx(stored, abs=2e-3)
 
 
@@ -507,6 +530,63 @@ def test_a_clip_by_default_is_missed_in_silence_and_a_named_one_is_not(pictures,
     with pytest.raises(InputError, match="--fidelity_model openai/clip-vit-base-patch32: "):
         load_encoder(asked, text_width=128)
     assert load_encoder(config(pictures, tmp_path), text_width=128) is None, "nothing to look at"
+
+
+def test_a_dino_by_default_is_missed_with_a_line_and_a_named_one_is_not(pictures, tmp_path, capsys):
+    asked = config(pictures, tmp_path, validation_prompt=[ON_SNOW])
+    assert load_subject_encoder(asked, text_width=768) is None, "offline, and nothing cached"
+    said = capsys.readouterr().out
+    assert said.startswith("the CLIP compares the subject, too: facebook/dino-vits16: cannot be loaded as vit")
+    assert said.count("\n") == 1 and said.endswith("or name one with --subject_model\n")
+    asked.subject_model = "facebook/dino-vits16"
+    with pytest.raises(InputError, match="--subject_model facebook/dino-vits16: "):
+        load_subject_encoder(asked, text_width=128)
+    for fields in ({"subject_model": "none", "validation_prompt": [ON_SNOW]}, {},
+                   {"fidelity_model": "none", "validation_prompt": [ON_SNOW]}):  # fmt: skip
+        assert load_subject_encoder(config(pictures, tmp_path, **fields), text_width=128) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_the_miniatures_descendants_are_compared_by_the_shipped_eye(pictures, tmp_path, shipped_eye):
+    found = load_subject_encoder(config(pictures, tmp_path, validation_prompt=[ON_SNOW]), text_width=128)
+    assert encoder_key(found) == encoder_key(shipped_eye)
+
+
+def test_where_no_clip_is_to_be_had_no_dino_is_looked_for(pictures, tmp_path, capsys):
+    asked = config(pictures, tmp_path, validation_prompt=[ON_SNOW])
+    assert load_encoders(asked, text_width=768) == (None, None)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_one_instance_picture_and_a_class_with_it_are_measured_and_said(tmp_path, capsys):
+    alone, others = subject_folder(tmp_path / "alone", 1), class_folder(tmp_path / "class", 2)
+    shutil.copy(alone / "00.png", others / "mine.png")
+    words = dreambooth_words(alone, tmp_path / "run", lora=True, max_train_steps=1, fidelity_model="miniature",
+                             subject_model=eye_folder(tmp_path / "eye"), num_validation_images=2, resolution=16,
+                             **prior_words(others, 3))  # fmt: skip
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("note: the class folder holds 1 picture of the subject (mine.png)") == 1
+    rows = json.loads((tmp_path / "run" / "fidelity.json").read_text())
+    assert [row["step"] for row in rows] == [0, 1] and "keep checkpoint-1" in said
+    assert all(-1 <= row["subject"] <= 1 and math.isfinite(row["score"]) for row in rows)
+
+
+def test_a_run_resumed_with_another_encoder_begins_a_new_table(pictures, tmp_path, capsys):
+    words = dreambooth_words(pictures, tmp_path / "run", lora=True, resolution=16, checkpointing_steps=1,
+                             fidelity_model="miniature", num_validation_images=1)  # fmt: skip
+    first, second = (eye_folder(tmp_path / f"eye-{seed}", seed) for seed in (1, 2))
+    path = tmp_path / "run" / "fidelity.json"
+    assert main([*words, "--max_train_steps", "1", "--subject_model", str(first)]) == 0
+    assert [row["step"] for row in json.loads(path.read_text())] == [0, 1]
+    again = [*words, "--resume_from_checkpoint", "latest", "--subject_model"]
+    assert main([*again, str(first), "--max_train_steps", "2"]) == 0
+    assert [row["step"] for row in json.loads(path.read_text())] == [0, 1, 2]
+    assert "measured by other encoders" not in capsys.readouterr().out
+    assert main([*again, str(second), "--max_train_steps", "3"]) == 0
+    assert "note: 3 rows of " in capsys.readouterr().out
+    rows = json.loads(path.read_text())
+    assert rows[-1]["step"] == 3 and len({row["measured_by"] for row in rows}) == 1
 
 
 def test_a_new_run_does_not_take_the_rows_of_the_one_it_replaces(pictures, tmp_path):

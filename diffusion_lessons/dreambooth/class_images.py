@@ -6,7 +6,7 @@
 __all__ = ['RECIPE_FILE', 'GENERATED_NAME', 'SYSTEM_FILES', 'ABANDONED_AFTER', 'generation_recipe', 'recipe_key',
            'check_class_folder', 'sort_class_folder', 'missing_numbers', 'save_picture', 'generate_missing',
            'held_folder', 'read_recipes', 'note_recipe', 'tidy_class_folder', 'choose_class_images',
-           'ensure_class_images']
+           'pictures_of_subject', 'subject_notes', 'ensure_class_images']
 
 # %% ../../nbs/workshop/89_class_images.ipynb #b32a21f5
 import contextlib
@@ -34,7 +34,7 @@ from ..engine.devices import on_main
 from ..engine.precision import Phase, PrecisionPlan
 from ..engine.tracking import say
 from ..stable_diffusion.drawing import draw
-from ..pictures.files import find_images
+from ..pictures.files import find_images, open_image, picture_size
 from ..pictures.sets import Source, held_lock
 from ..stable_diffusion.drawing import drawing_with
 
@@ -192,6 +192,49 @@ def choose_class_images(folder: Path, key: str, wanted: int) -> list[Path]:
     """The pictures that a run learns from, `wanted` at most: the user's own, then those of the recipe by number."""
     own, current, _ = sort_class_folder(folder, key)
     return [*own, *(current[number] for number in sorted(current))][:wanted]
+
+# %% ../../nbs/workshop/89_class_images.ipynb #1156b88a
+def pictures_of_subject(subject: Source, others: Source) -> list[str]:
+    """Names of those class images that show the very pixels of a picture of the subject, in whatever files.
+
+    What cannot be read is passed over; whoever loads it names it.
+    """
+    ours, theirs = _by_size(subject), _by_size(others)
+    found = []
+    for size in ours.keys() & theirs.keys():
+        known = {_pixels(name, file) for name, file in ours[size]} - {None}
+        found += [name for name, file in theirs[size] if _pixels(name, file) in known]
+    return sorted(found)
+
+
+def _by_size(source: Source) -> dict[tuple[int, ...], list[tuple[str, Any]]]:
+    """Names and files of pictures that no model has drawn, by the sides of the picture, whichever way it is turned."""
+    fetch, groups = source.open(), {}
+    for index, name in enumerate(source.names):
+        if GENERATED_NAME.fullmatch(Path(name).name) is None:
+            file = fetch(index)
+            groups.setdefault(tuple(sorted(picture_size(file) or ())), []).append((name, file))
+    return groups
+
+
+def _pixels(name: str, file: Any) -> bytes | None:
+    """A hash of a picture's pixels, None where it cannot be read."""
+    try:
+        picture = open_image(file, name)
+    except InputError:
+        return None
+    return hashlib.blake2b(repr(picture.size).encode() + picture.tobytes()).digest()
+
+# %% ../../nbs/workshop/89_class_images.ipynb #5d23e01a
+def subject_notes(subject: Source, others: Source) -> list[str]:
+    """What to say of a class folder with pictures of the subject in it; nothing where there are none."""
+    names = [Path(name).name for name in pictures_of_subject(subject, others)]
+    if not names:
+        return []
+    number = "1 picture" if len(names) == 1 else f"{len(names)} pictures"
+    shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    return [f"the class folder holds {number} of the subject ({shown}), from which it would learn that the class is "
+            "the subject; take them out of --class_data_dir"]
 
 # %% ../../nbs/workshop/89_class_images.ipynb #0b0e741b
 def ensure_class_images(config: DreamBoothConfig, fingerprints: Mapping[str, str], accelerator: Accelerator,

@@ -117,6 +117,9 @@ class LookOptions:
     fidelity_model: str | None = option(
         None, "CLIP that compares pictures at each checkpoint: a folder, Hub id or miniature; none for no table",
         path=True)
+    subject_model: str | None = option(
+        None, "DINO that tells the subject from others of its class: a folder, Hub id or miniature; none to compare by "
+              "the CLIP", path=True)
 
 # %% ../../nbs/workshop/87_dreambooth_config.ipynb #e9e0b95f
 @dataclass
@@ -227,6 +230,7 @@ class DreamBoothConfig(OtherModelOptions, RunConfig, LookOptions, LoopOptions, A
     def needs(self) -> dict[str, tuple[bool, str]]:
         """Which fields have an effect only with others, as `RunConfig.needs`."""
         prior, looks = self.with_prior_preservation, self.validation_prompt is not None
+        table = self.fidelity_model != "none" and (looks or self.fidelity_model is not None)
         return super().needs() | hub_needs(self.pretrained_model_name_or_path) | {
             "class_data_dir num_class_images prior_loss_weight sample_batch_size prior_generation_precision": (
                 prior, "does nothing without --with_prior_preservation"),
@@ -236,6 +240,8 @@ class DreamBoothConfig(OtherModelOptions, RunConfig, LookOptions, LoopOptions, A
                 looks, "does nothing without --validation_prompt"),
             "num_validation_images": (looks or self.fidelity_model is not None,
                                       "does nothing without --validation_prompt or --fidelity_model"),
+            "subject_model": (table, "does nothing without a table, which is made with --validation_prompt or "
+                                     "--fidelity_model"),
         }
 
     def check(self) -> None:
@@ -322,9 +328,9 @@ DREAMBOOTH_PRESETS: dict[str, dict[str, Any]] = {
         "instance_prompt": "a photo of a sks butterfly", "class_prompt": "a photo of a butterfly",
         "class_data_dir": "outputs/dreambooth-class-images", "with_prior_preservation": True, "num_class_images": 48,
         "sample_batch_size": 16, "output_dir": "outputs/dreambooth", "seed": 0, "resolution": 64,
-        "train_batch_size": 2, "max_train_steps": 800, "learning_rate": 3e-4, "lr_scheduler": "cosine",
-        "lr_warmup_steps": 20, "use_ema": True, "ema_max_decay": 0.99, "mixed_precision": "bf16",
-        "checkpointing_steps": 400, "checkpoints_total_limit": 3, "validation_steps": 400,
+        "train_batch_size": 2, "max_train_steps": 300, "learning_rate": 6e-4, "lr_scheduler": "cosine",
+        "lr_warmup_steps": 20, "use_ema": True, "ema_max_decay": 0.99,
+        "checkpointing_steps": 100, "checkpoints_total_limit": 3, "validation_steps": 100,
         "validation_prompt": ["a photo of a sks butterfly on snow", "a photo of a sks butterfly on night"],
     },
 }

@@ -35,13 +35,12 @@ from .fit import card_memory, check_fit, estimate_run, memory_table, settle_reci
 from .memory import choose_models, networks_of, precision_plan
 from .on_paper import on_paper
 from .class_images import check_class_folder, ensure_class_images, generation_recipe
-from .class_images import missing_numbers, recipe_key
-from .fidelity import FidelityTable, check_encoder, forget_rows, keep_advice
-from .fidelity import load_encoder, make_table
+from .class_images import missing_numbers, recipe_key, subject_notes
+from .fidelity import FidelityTable, check_encoders, forget_rows, keep_advice
+from .fidelity import load_encoders, make_table
 from .prior import prior_preservation_loss
 from .subject import SubjectData, instance_source, load_subject
 from ..pictures.sets import Source
-from ..metrics import CLIPEncoder
 from ..diffusion.noise import denoising_loss
 from ..engine.optimization import TrainState, count_steps, make_optimizer, optimizer_bytes
 from ..engine.optimization import memory_text, seconds_per_micro_step, trained_parameters, training_memory
@@ -138,7 +137,9 @@ def find_sources(config: DreamBoothConfig, folder: Path, fingerprints: Mapping[s
 
     sources = [instance_source(config.instance_data_dir, config.resolution)]
     if config.with_prior_preservation:
-        sources.append(ensure_class_images(config, fingerprints, accelerator, plan, load))
+        others = ensure_class_images(config, fingerprints, accelerator, plan, load)
+        notes = subject_notes(sources[0], others) if accelerator.is_main_process else []
+        sources.append(others._replace(notes=[*others.notes, *notes]))
     return sources
 
 
@@ -286,9 +287,9 @@ def gather(config: DreamBoothConfig, accelerator: Accelerator) -> Ingredients:
     if note is not None and accelerator.is_main_process:
         say(f"note: {note}")
     fingerprints = on_main(accelerator, lambda: network_fingerprints(folder, config.variant))  # gigabytes: read once
-    encoders: list[CLIPEncoder | None] = [None]  # on the main process; what it cannot load ends all of them
+    encoders = [(None, None)]  # on the main process; what it cannot load ends all of them
     width = read_json(folder / "text_encoder" / "config.json", COPY_AGAIN).get("hidden_size")
-    on_main(accelerator, lambda: encoders.append(load_encoder(config, width)))
+    on_main(accelerator, lambda: encoders.append(load_encoders(config, width)))
     with out_of_memory_named(config, Phase.CLASS_IMAGES):
         sources = find_sources(config, folder, fingerprints, accelerator, plan)
     pipeline, noise_scheduler = load_for_training(config, plan, folder)
@@ -299,7 +300,8 @@ def gather(config: DreamBoothConfig, accelerator: Accelerator) -> Ingredients:
         size = adapter_size(models)
         say(f"adapters of rank {config.rank}: {size['trained']:,} of {size['of']:,} numbers, "
             f"{size['bytes'] / 1e6:.2f} MB")
-    watch = Watch(config, pipeline, make_table(config, encoders[-1], data.real), plan)
+    clip, eye = encoders[-1]
+    watch = Watch(config, pipeline, make_table(config, clip, data.real, eye), plan)
     return Ingredients(pipeline, noise_scheduler, data, models, watch)
 
 
@@ -405,7 +407,7 @@ def check_before_work(config: DreamBoothConfig, num_processes: int = 1) -> None:
     instance_source(config.instance_data_dir, config.resolution)
     if config.with_prior_preservation:
         check_class_folder(config.class_data_dir)
-    check_encoder(config.fidelity_model)
+    check_encoders(config)
     if config.tokenizer_name:
         find_tokenizer(config.tokenizer_name, config.revision)
     folder = find_model(config.pretrained_model_name_or_path, config.revision, config.variant)

@@ -36,6 +36,7 @@ from ..engine.tracking import say
 from .autoencoder import AutoencoderConfig, psnr, reconstruct, train_autoencoder
 from .captions import HELD_OUT, all_captions, encode_attributes, render_scenes
 from .clip import ClipConfig, make_image_processor, train_clip
+from .eye import EyeConfig, EyeEncoder, examine, load_eye, make_eye_processor, train_eye
 from .judge import JudgeConfig, judge_pictures, load_judge, train_judge
 from .latent_diffusion import DiffusionConfig, load_frozen_parts, load_unet
 from .latent_diffusion import make_latent_scheduler, make_pipeline, train_diffusion
@@ -194,6 +195,9 @@ def assemble(config: AssemblyConfig) -> None:
         prefix_names(folder / "text_encoder" / "model.safetensors", "text_model.")
     with atomic_folder(destination / "judge") as folder:
         in_half(load_judge(work / "judge" / "model"), folder)
+    with atomic_folder(destination / "eye") as folder:
+        in_half(load_eye(work / "eye" / "model"), folder)
+        make_eye_processor().save_pretrained(folder)
     with atomic_folder(destination / "record") as folder:
         keep_record(work, folder)
     say(f"the miniature is in {destination / 'miniature'}")
@@ -220,7 +224,7 @@ def training_seconds(times: Sequence[float]) -> float:
 def keep_record(work: Path, folder: Path, points: int = 100) -> None:
     """Write what the log and the samples say of every stage: steps, time, loss in so many points, and pictures."""
     record = {}
-    for stage in ("clip", "autoencoder", "unet", "decoder", "judge"):
+    for stage in ("clip", "autoencoder", "unet", "decoder", "judge", "eye"):
         log = read_log(work / stage / "logs")
         if "train/loss" not in log:
             continue
@@ -242,6 +246,8 @@ def write_measurements(config: AssemblyConfig) -> None:
     destination = Path(config.destination)
     pipeline, judge = load(destination / "miniature"), load_judge(destination / "judge")
     measured = measure(pipeline, judge, config.num_renders, config.num_seeds)
+    measured["eye on triples"] = examine(EyeEncoder(destination / "eye"), pipeline.vae, config.num_renders)
+    measured["pictures"]["triples"] = config.num_renders
     write_json(destination / "record" / "measured.json", measured)
     say(json.dumps(measured, indent=1))
 
@@ -262,6 +268,7 @@ STAGES = {
         "freeze_encoder": True, "learning_rate": 1e-3, "max_train_steps": 4000,
         "output_dir": "outputs/miniature/decoder"}),
     "judge": Stage(JudgeConfig, train_judge, {}),
+    "eye": Stage(EyeConfig, train_eye, {}),
     "assemble": Stage(AssemblyConfig, assemble, {}),
     "measure": Stage(AssemblyConfig, write_measurements, {}),
 }

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'UNREADABLE', 'Resize', 'upright', 'to_rgb', 'eight_bits', 'to_srgb', 'conversion_to_srgb',
-           'open_image', 'fit_square', 'find_images', 'pictures_without_suffix']
+           'open_image', 'picture_size', 'fit_square', 'find_images', 'pictures_without_suffix']
 
 # %% ../../nbs/workshop/75_files.ipynb #cf83672b
 import contextlib
@@ -130,6 +130,15 @@ def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image, name:
     except Exception as error:  # Pillow's decoders raise nearly every type; each of them means "unreadable"
         message = f"{name}: {_reason(error, source)}; replace or remove it"
         raise InputError(message.replace("\n", " ")) from error
+
+
+def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int] | None:
+    """Width and height as the header says them, before the picture is turned upright; None for what is no picture."""
+    try:
+        with _header_of(source) as image:
+            return image.size
+    except Exception:  # as above; whoever reads the picture names it
+        return None
 
 
 def _header_of(source: Any) -> contextlib.AbstractContextManager:
