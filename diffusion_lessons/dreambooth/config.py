@@ -227,10 +227,14 @@ class DreamBoothConfig(OtherModelOptions, RunConfig, LookOptions, LoopOptions, A
         return (f"--recipe {recipe}" + " under DeepSpeed" * (recipe == OFFLOADING)
                 + (f" without {', '.join(over)}" if over else ""))
 
+    @property
+    def wants_table(self) -> bool:
+        """Whether the run is measured: something is validated or a CLIP was named, and it is not `none`."""
+        return self.fidelity_model != "none" and bool(self.fidelity_model or self.validation_prompt)
+
     def needs(self) -> dict[str, tuple[bool, str]]:
         """Which fields have an effect only with others, as `RunConfig.needs`."""
         prior, looks = self.with_prior_preservation, self.validation_prompt is not None
-        table = self.fidelity_model != "none" and (looks or self.fidelity_model is not None)
         return super().needs() | hub_needs(self.pretrained_model_name_or_path) | {
             "class_data_dir num_class_images prior_loss_weight sample_batch_size prior_generation_precision": (
                 prior, "does nothing without --with_prior_preservation"),
@@ -240,8 +244,8 @@ class DreamBoothConfig(OtherModelOptions, RunConfig, LookOptions, LoopOptions, A
                 looks, "does nothing without --validation_prompt"),
             "num_validation_images": (looks or self.fidelity_model is not None,
                                       "does nothing without --validation_prompt or --fidelity_model"),
-            "subject_model": (table, "does nothing without a table, which is made with --validation_prompt or "
-                                     "--fidelity_model"),
+            "subject_model": (self.wants_table, "does nothing without a table, which is made with --validation_prompt "
+                                                "or --fidelity_model"),
         }
 
     def check(self) -> None:

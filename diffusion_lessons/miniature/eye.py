@@ -33,7 +33,7 @@ from .captions import StageConfig
 from .judge import soften
 from ..pictures.batches import check_images, random_flip, to_model_range
 from ..pictures.creatures import BACK, BOLD, FRONT, Look, random_look, unusual_look
-from ..pictures.meadow import COLOURS, PLACES, SCENERY, background, posed
+from ..pictures.meadow import COLOURS, PLACES, SCENERY, background, posed, somewhere
 from ..pictures.shapes import compose, fitted, tinted
 from ..stable_diffusion.folder import shipped
 from ..stable_diffusion.latents import weights_fingerprint
@@ -66,8 +66,7 @@ def portrait(look: Look, place: str, size: int, rng: np.random.Generator, strang
 
     strange: the chance of a place in colours that no place has.
     """
-    extent = rng.uniform(.62, .86)
-    centre = .5 + rng.uniform(-1, 1, 2) * (.96 - extent) / 2
+    extent, centre = somewhere(rng)
     ground, halo = background(place, size, rng), SCENERY[place].halo
     if rng.random() < strange:
         ground, halo = recoloured(ground, rng), SCENERY[str(rng.choice(PLACES))].halo

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'KINDS', 'PLACES', 'TRIPLES', 'ACROSS', 'SCENERY', 'SPECIMEN_PATTERNS', 'SUBJECT', 'caption', 'ridge',
            'meadow_shapes', 'snow_shapes', 'sand_shapes', 'sea_shapes', 'sky_shapes', 'night_shapes', 'Place',
-           'background', 'posed', 'placed', 'draw_scene', 'draw_specimen', 'specimens', 'scenes', 'subject_look',
-           'draw_subject', 'subject']
+           'background', 'posed', 'somewhere', 'placed', 'draw_scene', 'draw_specimen', 'specimens', 'scenes',
+           'subject_look', 'draw_subject', 'subject']
 
 # %% ../../nbs/butterflies/10_meadow.ipynb #5d7832d1
 import io
@@ -160,11 +160,15 @@ def posed(look: Look, rng: np.random.Generator) -> list[Shape]:
     return turned(butterfly_shapes(look, opening * rng.uniform(.85, 1), opening), rng.uniform(-.9, .9))
 
 
-def placed(shapes: list[Shape], place: str, size: int, rng: np.random.Generator) -> Image.Image:
-    """The shapes somewhere in a place, large enough to be read, nothing cut off."""
+def somewhere(rng: np.random.Generator) -> tuple[float, np.ndarray]:
+    """How much of a side a subject takes, and where its middle is: large enough to be read, nothing cut off."""
     extent = rng.uniform(.62, .86)
-    centre = .5 + rng.uniform(-1, 1, 2) * (.96 - extent) / 2
-    return compose(fitted(shapes, extent, centre), background(place, size, rng), SCENERY[place].halo)
+    return extent, .5 + rng.uniform(-1, 1, 2) * (.96 - extent) / 2
+
+
+def placed(shapes: list[Shape], place: str, size: int, rng: np.random.Generator) -> Image.Image:
+    """The shapes somewhere in a place."""
+    return compose(fitted(shapes, *somewhere(rng)), background(place, size, rng), SCENERY[place].halo)
 
 # %% ../../nbs/butterflies/10_meadow.ipynb #f4a53d29
 def draw_scene(kind: str, colour: str, place: str, size: int, rng: np.random.Generator) -> Image.Image:
