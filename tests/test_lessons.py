@@ -1,5 +1,6 @@
 """The contract of a lesson: its parts, its proportions, and that what is stored in it was made by running it."""
 import ast
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -60,12 +61,12 @@ def test_no_two_lessons_share_a_number():
     assert len(set(numbers)) == len(numbers)
 
 
-TENS = {"butterflies": "1", "miniature": "2", "dreambooth": "3", "workshop": "6789"}  # of the numbers in each part
+TENS = {"nbs": "0", "butterflies": "1", "miniature": "2", "dreambooth": "3", "workshop": "6789"}  # first digits
 
 
 def test_every_part_of_the_course_has_its_tens():
     """The numbers are the reading order, and the parts follow each other in it."""
-    assert {path.parent.name for path in PATHS} == set(TENS)
+    assert {path.parent.name for path in PATHS} <= set(TENS)
     assert all(path.name[0] in TENS[path.parent.name] for path in PATHS)
 
 
@@ -136,8 +137,39 @@ def test_closes_with_recap_exercises_and_next(name):
     headings = [heading for source in prose(name) for heading in re.findall(r"^## (.+?)\s*$", source, re.MULTILINE)]
     assert headings[-3:] == ["Recap", "Exercises", "Next"]
     text = "\n".join(prose(name))
-    exercises = text.rsplit("## Exercises", 1)[1].split("## Next")[0]
-    assert 3 <= len(re.findall(r"^(?:\d+\.|-) ", exercises, re.MULTILINE)) <= 5
+    exercises = text.rsplit("## Exercises", 1)[1].split("\n## Next")[0]
+    if "\n### " in exercises:  # with solutions and checks: see below
+        assert 2 <= len(re.findall(r"^### \d · \S.* \(\d+ minutes?\)$", exercises, re.MULTILINE)) <= 4
+    else:
+        assert 3 <= len(re.findall(r"^(?:\d+\.|-) ", exercises, re.MULTILINE)) <= 5
+
+
+def exercises(name: str) -> list[list]:
+    """The cells of each exercise that has a solution: the question, then what belongs to it."""
+    cells = NOTEBOOKS[name].cells
+    begin = next(n for n, cell in enumerate(cells) if re.search(r"^## Exercises$", cell.source, re.MULTILINE))
+    end = next(n for n, cell in enumerate(cells) if re.search(r"^## Next$", cell.source, re.MULTILINE))
+    starts = [n for n in range(begin, end) if cells[n].source.startswith("### ")]
+    return [cells[first:last] for first, last in itertools.pairwise([*starts, end])]
+
+
+@each_lesson
+def test_an_exercise_has_a_folded_solution_and_a_check(name):
+    for question, *rest in exercises(name):
+        assert [cell.cell_type for cell in rest] == ["code", "code"], question.source
+        solution, check = rest
+        lines = solution.source.splitlines()
+        assert lines[:3] == ["#| code-fold: true", '#| code-summary: "Solution"', "# @title Solution"], question.source
+        folded = dict(solution.metadata)
+        assert folded == {"cellView": "form", "jupyter": {"source_hidden": True}}, "folded in Colab and JupyterLab, too"
+        assert check.source.startswith("# Check"), question.source
+        tree, solved = ast.parse(check.source), list(ast.walk(ast.parse(solution.source)))
+        answers = {node.id for node in solved if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        answers |= {node.name for node in solved if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert any(isinstance(node, ast.Assert) for node in ast.walk(tree)), "a wrong answer has to fail"
+        asked = set(re.findall(r"`([A-Za-z_]\w*)", question.source)) & answers & used
+        assert asked, f"the question names what the check looks at: {question.source}"
 
 
 @each_lesson
@@ -193,4 +225,4 @@ def test_names_come_from_cells_that_run(name):
 def test_the_index_names_every_lesson():
     cells = nbformat.read(str(NBS / "index.ipynb"), as_version=4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert [path.name for path in PATHS if f"{path.parent.name}/{path.name}" not in text] == []
+    assert [path.name for path in PATHS if path.relative_to(NBS).as_posix() not in text] == []
