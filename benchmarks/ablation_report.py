@@ -148,6 +148,12 @@ def facts(lines: Sequence[Line], wanted: int, words: argparse.Namespace) -> dict
             **{f"fingerprint, {name}": value for name, value in lines[0]["kind"].items()}}  # fmt: skip
 
 
+HEAD = """\
+---
+title: The paper's tables, in miniature
+description: What DreamBooth does to the miniature, asked as the paper asks it. Written by `make ablations`.
+---
+"""
 EXPLANATION = """\
 Everything here is the miniature's: a Stable Diffusion of 64 px, on drawn butterflies. Its numbers say nothing
 of a real Stable Diffusion, and the paper's (Ruiz et al. 2023, DreamBooth) stand beside them for their order,
@@ -181,14 +187,13 @@ def explain(constants: Constants) -> str:
 
 
 def write_report(words: argparse.Namespace, lines: Sequence[Line], wanted: int, note: str | None) -> str:
-    """Write the page, its JSON, figures and pictures beside the file of results; returns what to say of it."""
-    constants, page = words.constants, words.results.with_suffix(".md")
-    folder = words.results.with_suffix("")
+    """Write the page with its figures and pictures, and JSON beside the results; returns what to say of it."""
+    constants, page, folder = words.constants, words.page, words.page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     tables = {name: table(lines, name, constants) for name in TABLES}
     tables = {name: made for name, made in tables.items() if any(row["n"] for row in made["rows"])}
     about = facts(lines, wanted, words)
-    parts = ["# The paper's tables, in miniature\n", explain(constants), verdict(tables),
+    parts = [HEAD, explain(constants), verdict(tables),
              measuring.table([{"": name, " ": value} for name, value in about.items()])]  # fmt: skip
     parts += [f"{note}\n"] if note else []
     for name, made in tables.items():

@@ -27,6 +27,7 @@ from ablation_run import EYES, Bench
 from diffusion_lessons.engine.commands import run_command
 from diffusion_lessons.engine.config import InputError
 
+PAGE = measuring.ROOT / "nbs" / "dreambooth" / "ablations.md"  # of the site, beside the lesson on the prior
 PARENT = "ABLATIONS_PARENT"  # in the environment of a worker: the process that started it
 
 
@@ -44,7 +45,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=measuring.ROOT / "outputs" / "ablations",
                         help="class images, pictures and logs lie here (default: %(default)s)")  # fmt: skip
     parser.add_argument("--results", type=Path, help="file of the results, beside which the report is written; by "
-                                                     "default benchmarks/results/ablations.jsonl")  # fmt: skip
+                                                     "default benchmarks/results/ablations.jsonl, and the report "
+                                                     "is a page of the site")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a few steps and pictures; the numbers mean nothing")
     parser.add_argument("--eye", choices=EYES, default=EYES[0], help="what tells individuals apart; judge: a stand-in")
     words = parser.parse_args(argv)
@@ -53,6 +55,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words.folder = words.folder.expanduser().resolve() / ("tiny" if words.tiny else "")
     default = words.folder if words.tiny else measuring.RESULTS
     words.results = (words.results or default / "ablations.jsonl").expanduser().resolve()
+    is_whole = words.results == measuring.RESULTS.resolve() / "ablations.jsonl"
+    words.page = PAGE if is_whole else words.results.with_suffix(".md")
     words.constants = TINY if words.tiny else Constants()
     return words
 

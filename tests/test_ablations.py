@@ -209,7 +209,7 @@ def words(tmp_path):
     """The command line of a report, as far as it is asked."""
     class Words:
         constants, folder, subjects, seeds = Constants(), tmp_path, (1, 2), (0, 1)
-        results = tmp_path / "ablations.jsonl"
+        results, page = tmp_path / "ablations.jsonl", tmp_path / "ablations.md"
 
     return Words
 
