@@ -124,7 +124,9 @@ docs: $(INSTALLED_DEV)  ## render the site into _docs; needs Quarto
 	  echo "make docs renders the site with Quarto, and there is no quarto here."; \
 	  echo "Install it from https://quarto.org/docs/get-started/ and try again."; exit 1; }
 	@touch README.md  # as old as the index, nbdev would have Quarto write another one
-	PATH="$(abspath $(BIN)):$$PATH" nbdev_docs
+	@rm -rf _proc  # nbdev does not see whether .ci/pages.py has changed since
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(abspath .ci)" nbdev_docs  # with .ci/pages.py
+	$(BIN)/python .ci/llms.py _docs/llms.txt
 
 # ── installing ───────────────────────────────────────────────────────────────────────────
 

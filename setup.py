@@ -24,7 +24,11 @@ setup(
     python_requires=f">={project['min_python']}",
     install_requires=project["requirements"].split(),
     extras_require={extra: project[f"{extra}_requirements"].split() for extra in EXTRAS},
-    entry_points={"console_scripts": project["console_scripts"].split()},
+    entry_points={
+        "console_scripts": project["console_scripts"].split(),
+        # by this nbdev knows the names that it makes links of on the site
+        "nbdev": [f"{project['lib_name']}={project['lib_name']}._modidx:d"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

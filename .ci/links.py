@@ -1,12 +1,13 @@
-"""Write the links of the lessons: badges, install cells, addresses of the repository. All derive from settings.ini.
+"""Write the links of the lessons and the site: badges, install cells, addresses of the repository, from settings.ini.
 
-    python .ci/links.py            update the notebooks
-    python .ci/links.py --check    change nothing; exit 1 and name the notebooks that are out of date
+    python .ci/links.py            update the files
+    python .ci/links.py --check    change nothing; exit 1 and name the files that are out of date
 
 A notebook may begin with the line `{{badge}}`, or with the badge that this became. It gets a cell of its own, because
 nbdev turns the cell that holds the title into the head of the page and drops the rest of it. A lesson that defines a
 module gets a cell before its first code cell that installs the package where it is missing, as in Colab. Anywhere,
 `{{git_url}}` and `{{doc_url}}` become addresses, and commands that clone or install from GitHub are brought up to date.
+So is the address of the repository in `_quarto.yml`.
 """
 import argparse
 import configparser
@@ -18,6 +19,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 BADGE_IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
 BADGE_LINE = re.compile(rf"\A(\{{\{{badge\}}\}}|\[!\[[^\]]*\]\({re.escape(BADGE_IMAGE)}\)\]\([^)]*\))[ ]*(\n\s*|\Z)")
+NAVBAR = re.compile(r"(- icon: github\n +href: )\S+")
 INSTALL_MARK = "# In Colab, run this cell first."
 BADGE_ID, INSTALL_ID = "colab-badge", "colab-install"
 
@@ -94,6 +96,13 @@ def main() -> int:
             stale.append(relative.as_posix())
             if not options.check:
                 nbformat.write(notebook, path)
+    site = ROOT / "_quarto.yml"
+    before = site.read_text(encoding="utf-8")
+    after = NAVBAR.sub(rf"\g<1>{project['git_url']}", before)
+    if after != before:
+        stale.append(site.name)
+        if not options.check:
+            site.write_text(after, encoding="utf-8")
     if options.check and stale:
         print(f"links out of date in {', '.join(stale)}: run `make links`")
     return 1 if options.check and stale else 0

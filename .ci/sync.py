@@ -16,6 +16,7 @@ DERIVED = {
     "diffusion_lessons": "`nbdev_export`",
     "README.md": "`make readme`",
     "index_files": "`make readme`",
+    "_quarto.yml": "`make links`",
 }
 IGNORED = shutil.ignore_patterns(
     ".git", ".venv*", "outputs", "_proc", "_docs", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints",

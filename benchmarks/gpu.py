@@ -403,7 +403,7 @@ def reference(bench: Bench) -> None:
 
 def spoken(words: Sequence[str]) -> str:
     """What `train-butterflies` with these words prints. Raises RuntimeError when it fails."""
-    from diffusion_lessons.butterflies.training import main
+    from diffusion_lessons.butterflies.command import main
 
     with contextlib.redirect_stdout(io.StringIO()) as heard, contextlib.redirect_stderr(io.StringIO()) as errors:
         code = main(words)
@@ -582,7 +582,7 @@ def prepare(rehearse: bool) -> None:
     if rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sys.path.insert(0, str(measuring.ROOT))
-    for module in ("dreambooth.training", "butterflies.training"):
+    for module in ("dreambooth.training", "butterflies.command"):
         importlib.import_module(f"diffusion_lessons.{module}")
     child = FORK.Process(target=lambda: os._exit(not importlib.import_module("torch").cuda.is_available()))
     child.start()

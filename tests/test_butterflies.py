@@ -17,8 +17,9 @@ from PIL import Image
 from runs import run, words
 
 from diffusion_lessons.butterflies import training as butterflies
-from diffusion_lessons.butterflies.training import TrainingConfig, evaluate, grid_shape, main, make_grid, train_loop
-from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.butterflies.command import main
+from diffusion_lessons.butterflies.training import TrainingConfig, evaluate, grid_shape, make_grid, train_loop
+from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.engine.checkpoints import list_checkpoints
 from diffusion_lessons.engine.output_folder import lock_output_dir

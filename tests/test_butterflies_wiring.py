@@ -20,18 +20,12 @@ from PIL import Image
 from runs import TINY, words
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+import diffusion_lessons.butterflies.command as command
 import diffusion_lessons.butterflies.training as butterflies
 import diffusion_lessons.engine.publishing as publishing
+from diffusion_lessons.butterflies.command import build_model, check_before_work, dry_run, load_data, main
 from diffusion_lessons.butterflies.config import TrainingConfig
-from diffusion_lessons.butterflies.training import (
-    build_model,
-    check_before_work,
-    dry_run,
-    evaluate,
-    load_data,
-    main,
-    train_loop,
-)
+from diffusion_lessons.butterflies.training import evaluate, train_loop
 from diffusion_lessons.diffusion.sampling import sample_images
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.engine.config import InputError
@@ -284,7 +278,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 import diffusion_lessons.engine.publishing as publishing
-from diffusion_lessons.butterflies.training import main
+from diffusion_lessons.butterflies.command import main
 
 class Hub:
     def __init__(self, token):
@@ -386,12 +380,12 @@ def test_a_fused_pass_steps_each_weight_within_the_backward_pass(tmp_path):
 @covers("enable_xformers_memory_efficient_attention")
 def test_xformers_is_switched_on_for_the_network_only_when_asked(tmp_path, monkeypatch):
     switched = []
-    monkeypatch.setattr(butterflies, "enable_xformers", switched.append)
+    monkeypatch.setattr(command, "enable_xformers", switched.append)
     build_model(a_config(tmp_path))
     assert not switched
     model, _ = build_model(a_config(tmp_path, enable_xformers_memory_efficient_attention=True))
     assert switched == [model]
-    monkeypatch.setattr(butterflies, "check_xformers", lambda: switched.append("tried"))
+    monkeypatch.setattr(command, "check_xformers", lambda: switched.append("tried"))
     check_before_work(a_config(tmp_path / "run", enable_xformers_memory_efficient_attention=True))
     assert switched == [model, "tried"], "a network without numbers is not asked"
 
@@ -406,7 +400,7 @@ def test_a_dry_run_times_whole_steps_and_counts_those_of_each_process(tmp_path, 
         timed.append(state.accelerator.gradient_accumulation_steps)
         return 2.0
 
-    monkeypatch.setattr(butterflies, "seconds_per_micro_step", two_seconds)
+    monkeypatch.setattr(command, "seconds_per_micro_step", two_seconds)
     config = a_config(tmp_path / "run", train_batch_size=4, gradient_accumulation_steps=4, num_epochs=3,
                       max_train_steps=None)  # fmt: skip
     said = dry_run(config, noise_pictures(33), num_processes=2)  # five batches for each
@@ -526,7 +520,7 @@ def handed_over(monkeypatch, folder: Path, **chosen) -> SimpleNamespace:
     def catch(config, model, noise_scheduler, optimizer, train_dataloader):
         caught.__dict__.update(locals())
 
-    monkeypatch.setattr(butterflies, "train_loop", catch)
+    monkeypatch.setattr(command, "train_loop", catch)
     assert main(words(folder, **chosen)) == 0
     return caught
 
@@ -786,7 +780,7 @@ def test_the_card_of_a_run_says_what_it_is_and_how_it_was_made(tmp_path):
 
 def test_the_card_names_the_model_that_was_fine_tuned(tmp_path, monkeypatch):
     theirs, scheduler = build_model(a_config(tmp_path, seed=9))
-    monkeypatch.setattr(butterflies, "load_unconditional", lambda name, size: (theirs, scheduler))
+    monkeypatch.setattr(command, "load_unconditional", lambda name, size: (theirs, scheduler))
     trained(a_config(tmp_path / "run", max_train_steps=1, pretrained_model_name_or_path="somebody/moths"))
     assert "base_model: somebody/moths" in (tmp_path / "run" / "README.md").read_text()
 
@@ -808,7 +802,7 @@ def test_a_token_of_the_command_line_is_nowhere_after_the_run(tmp_path, hub, mon
 def test_the_token_is_hidden_before_the_work_begins_and_the_other_words_stay(monkeypatch, typed):
     during = []
     monkeypatch.setattr(sys, "argv", ["train-butterflies", "--seed", "7", *typed, "--sampler", "ddim"])
-    monkeypatch.setattr(butterflies, "run_butterflies", lambda config, _: during.append((config, list(sys.argv))))
+    monkeypatch.setattr(command, "run_butterflies", lambda config, _: during.append((config, list(sys.argv))))
     assert main() == 0
     ((config, argv),) = during
     assert (config.hub_token, config.seed, config.sampler) == (TOKEN, 7, "ddim")

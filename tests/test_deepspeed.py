@@ -17,7 +17,7 @@ from overlays import environment, overlay
 from safetensors.torch import load_file
 
 from diffusion_lessons import miniature
-from diffusion_lessons.butterflies import training as butterflies
+from diffusion_lessons.butterflies import command as butterflies
 from diffusion_lessons.dreambooth import inference, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.engine import deepspeed

@@ -28,7 +28,7 @@ import diffusion_lessons.dreambooth.loop as loop
 import diffusion_lessons.miniature.autoencoder as autoencoder
 import diffusion_lessons.miniature.latent_diffusion as latent_diffusion
 import diffusion_lessons.stable_diffusion.prompts as prompts_room
-from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.drawing_config import GenerationConfig
@@ -52,7 +52,7 @@ from diffusion_lessons.miniature.latent_diffusion import (
     make_pipeline,
     train_diffusion,
 )
-from diffusion_lessons.miniature.model import read_log
+from diffusion_lessons.miniature.stages import read_log
 from diffusion_lessons.stable_diffusion.drawing import draw
 from diffusion_lessons.stable_diffusion.folder import load_pipeline, shipped
 from diffusion_lessons.stable_diffusion.prompts import load_tokenizer

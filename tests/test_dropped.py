@@ -8,16 +8,16 @@ from dreambooth_runs import class_folder, dreambooth_words, prior_words, subject
 from PIL import Image
 from runs import words
 
+from diffusion_lessons.butterflies.command import main
 from diffusion_lessons.butterflies.config import PRESETS, TrainingConfig, parse_butterflies
-from diffusion_lessons.butterflies.training import main
 from diffusion_lessons.dreambooth import inference
 from diffusion_lessons.dreambooth.config import DREAMBOOTH_PRESETS, DreamBoothConfig, parse_dreambooth
 from diffusion_lessons.dreambooth.drawing_config import GenerationConfig, parse_generation
 from diffusion_lessons.engine.command_line import idle_notes
 from diffusion_lessons.engine.config import InputError, RunConfig, save_config
 from diffusion_lessons.engine.optimization import warmup_warning
-from diffusion_lessons.miniature.model import STAGES
-from diffusion_lessons.miniature.model import main as miniature
+from diffusion_lessons.miniature.stages import STAGES
+from diffusion_lessons.miniature.stages import main as miniature
 
 NEEDED = ["--pretrained_model_name_or_path", "miniature", "--instance_data_dir", "meadow", "--instance_prompt", "a dog"]
 OFTEN = [("--lr_power 2", "lr_power 2.0"), ("--min_lr_rate 0.1 --lr_scheduler linear", "min_lr_rate 0.1"),

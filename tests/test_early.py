@@ -8,8 +8,8 @@ import pytest
 from dreambooth_runs import class_folder, dreambooth_words, prior_words, subject_folder
 from runs import words
 
+from diffusion_lessons.butterflies.command import main
 from diffusion_lessons.butterflies.config import TrainingConfig
-from diffusion_lessons.butterflies.training import main
 from diffusion_lessons.dreambooth import training as dreambooth
 from diffusion_lessons.engine.checkpointer import check_resume, space_note
 from diffusion_lessons.engine.config import InputError, RunConfig
@@ -99,12 +99,12 @@ def test_an_upload_while_offline_is_refused_with_a_token_too(monkeypatch, name, 
 
 
 def test_a_resume_that_is_another_run_is_refused_before_data_are_loaded(tmp_path, monkeypatch, capsys):
-    from diffusion_lessons.butterflies import training as butterflies
+    from diffusion_lessons.butterflies import command
 
     folder = tmp_path / "run"
     assert main(words(folder, max_train_steps=1, num_train_images=4)) == 0
     capsys.readouterr()
-    monkeypatch.setattr(butterflies, "load_data", lambda config: pytest.fail("data were loaded"))
+    monkeypatch.setattr(command, "load_data", lambda config: pytest.fail("data were loaded"))
     changed = words(folder, max_train_steps=2, num_train_images=4, seed=1)
     for choice in ("latest", "checkpoint-1", str(folder / "checkpoint-1")):
         assert main([*changed, "--resume_from_checkpoint", choice]) == 2

@@ -274,6 +274,7 @@ def test_links_follow_the_settings(tmp_path):
     """Another owner and name in settings.ini reach every notebook, and nothing of the old ones is left."""
     for name in (".ci", "nbs"):
         shutil.copytree(CHECKOUT / name, tmp_path / name, symlinks=True)
+    shutil.copy(CHECKOUT / "_quarto.yml", tmp_path)
     changed = re.sub(r"^user = .*$", "user = somebody", read("settings.ini"), flags=re.MULTILINE)
     changed = re.sub(r"^repo = .*$", "repo = elsewhere", changed, flags=re.MULTILINE)
     (tmp_path / "settings.ini").write_text(changed)
@@ -282,12 +283,14 @@ def test_links_follow_the_settings(tmp_path):
         text = path.read_text(encoding="utf-8")
         assert f"{PROJECT['user']}/{PROJECT['repo']}" not in text
         assert "somebody/elsewhere" in text or path.stem == "index"
+    assert "href: https://github.com/somebody/elsewhere\n" in (tmp_path / "_quarto.yml").read_text()
 
 
 @needs_git
 def test_owner_and_name_stand_in_the_settings_alone():
-    """Notebooks and README carry derived lines; nobody else writes the address down."""
+    """Notebooks, README and the site's navbar carry derived lines; nobody else writes the address down."""
     allowed = {CHECKOUT / "settings.ini", CHECKOUT / "README.md", *NOTEBOOKS}
+    allowed |= {CHECKOUT / "_quarto.yml", CHECKOUT / "nbs" / "_quarto.yml"}  # the second is a link to the first
     generated = CHECKOUT / "diffusion_lessons" / "_modidx.py"  # nbdev copies git_url there
     address = f"{PROJECT['user']}/{PROJECT['repo']}"
     holders = [path for path in tracked() if path not in allowed and path != generated]

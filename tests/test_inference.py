@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from diffusion_lessons import miniature
-from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.dreambooth import inference, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusion_lessons.engine.config import InputError
-from diffusion_lessons.miniature.captions import ATTRIBUTES, HELD_OUT, render_scenes
+from diffusion_lessons.miniature.captions import ATTRIBUTES, HELD_OUT, encode_attributes, render_scenes
 from diffusion_lessons.miniature.judge import (
     JudgeConfig,
     Verdict,
@@ -18,9 +18,11 @@ from diffusion_lessons.miniature.judge import (
     soften,
     split_answers,
     train_judge,
+    wilson_interval,
 )
 from diffusion_lessons.pictures.meadow import PLACES, TRIPLES, background
-from diffusion_lessons.stable_diffusion.folder import shipped
+from diffusion_lessons.stable_diffusion.drawing import draw
+from diffusion_lessons.stable_diffusion.folder import load_pipeline, shipped
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -292,3 +294,41 @@ def test_near_features_mean_alike_pictures(verdict, exam):
     cosines = (units @ units.T).fill_diagonal_(-1)
     same = (exam.attributes[cosines.argmax(dim=1)] == exam.attributes).float().mean(dim=0)
     assert (same > 0.6).all(), same
+
+
+# --------------------------------------------------------------------------------------------------------- intervals
+@pytest.mark.parametrize("right, total, low, high", [
+    (8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (480, 480, 0.9921, 1.0), (50, 100, 0.4038, 0.5962),
+])  # fmt: skip
+def test_the_interval_is_that_of_wilson(right, total, low, high):
+    assert wilson_interval(right, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_interval_holds_the_true_share_as_often_as_it_says():
+    shares = np.random.default_rng(0).binomial(100, 0.97, 4000)
+    held = [low <= 0.97 <= high for low, high in (wilson_interval(int(right), 100) for right in shares)]
+    assert 0.92 < np.mean(held) < 0.99
+
+
+# ------------------------------------------------------------------------------------------------------ labels by eye
+@pytest.fixture(scope="module")
+def labelled() -> dict:
+    return json.loads((shipped("labels") / "labels.json").read_text())
+
+
+def test_a_hundred_pictures_are_labelled_with_what_there_is(labelled):
+    pictures = labelled["pictures"]
+    assert len({each["seed"] for each in pictures}) == 100
+    assert encode_attributes(each["label"] for each in pictures).shape == (100, 3)
+    assert all(word in each["label"] for each in pictures for words in ATTRIBUTES for word in words
+               if word in each["prompt"].split())
+
+
+@pytest.mark.slow
+def test_the_judge_reads_the_labelled_pictures_as_recorded(labelled):
+    pictures = labelled["pictures"]
+    drawn = draw(load_pipeline(shipped("miniature")), [each["prompt"] for each in pictures],
+                 seeds=[each["seed"] for each in pictures], **labelled["settings"])
+    said = judge_pictures(load_judge(shipped("judge")), drawn).attributes
+    recorded = encode_attributes(each["judge"] for each in pictures)
+    assert (said == recorded).float().mean() > 0.98, "some are close calls"

@@ -10,8 +10,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
-from diffusion_lessons.diffusion.noise import alphas_cumprod_for, betas_for
-from diffusion_lessons.diffusion.sampling import make_sampler, to_uint8
+from diffusion_lessons.diffusion.noise import alphas_cumprod_for
+from diffusion_lessons.diffusion.samplers import make_sampler
+from diffusion_lessons.diffusion.sampling import to_uint8
+from diffusion_lessons.diffusion.targets import betas_for
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.miniature import latent_diffusion
 from diffusion_lessons.miniature.captions import HELD_OUT, all_captions, render_scenes, say_some

@@ -1,15 +1,25 @@
 """The contract of a lesson: its parts, its proportions, and that what is stored in it was made by running it."""
 import ast
+import base64
+import io
 import itertools
 import re
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
+
+from diffusion_lessons.pictures import meadow
+from diffusion_lessons.pictures.figures import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from execute_notebooks import SKIPPING_FLAGS, directives, is_skipped
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / ".ci"))
+from claims import uncovered
+from execute_notebooks import SKIPPING_FLAGS, directives, is_skipped, lighter_png
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 PATHS = sorted(NBS.rglob("[0-9]*.ipynb"))
@@ -156,6 +166,7 @@ def exercises(name: str) -> list[list]:
 @each_lesson
 def test_an_exercise_has_a_folded_solution_and_a_check(name):
     for question, *rest in exercises(name):
+        rest = [cell for cell in rest if not cell.source.startswith("#| hide")]  # tidying up
         assert [cell.cell_type for cell in rest] == ["code", "code"], question.source
         solution, check = rest
         lines = solution.source.splitlines()
@@ -170,6 +181,16 @@ def test_an_exercise_has_a_folded_solution_and_a_check(name):
         assert any(isinstance(node, ast.Assert) for node in ast.walk(tree)), "a wrong answer has to fail"
         asked = set(re.findall(r"`([A-Za-z_]\w*)", question.source)) & answers & used
         assert asked, f"the question names what the check looks at: {question.source}"
+
+
+# Lessons whose figures do not all say yet what is to be seen on them. A lesson that is reworked leaves this list.
+@each_lesson
+def test_figures_say_in_words_what_is_to_be_seen(name):
+    """`#| fig-alt: "..."` is read aloud in the place of the picture; YAML has to be able to read it."""
+    lines = [re.findall(r"^#\| fig-alt: .*$", cell.source, re.MULTILINE) for cell in code_cells(name) if figures(cell)]
+    texts = [str(yaml.safe_load(found[0][2:])["fig-alt"] or "") if found else "" for found in lines]
+    missing = sum(words(text) < 4 for text in texts)
+    assert not missing, f"{missing} of {len(texts)} cells with figures have no `#| fig-alt`"
 
 
 @each_lesson
@@ -222,7 +243,55 @@ def test_names_come_from_cells_that_run(name):
         assert not used & only_skipped - bound, cell.source[:200]
 
 
-def test_the_index_names_every_lesson():
+@each_lesson
+def test_a_number_in_prose_is_computed_printed_or_sourced(name):
+    assert uncovered(PLACES[name]) == []
+
+
+def test_a_stored_grid_keeps_the_colours_of_each_picture():
+    """Chosen by how often they occur, 256 colours would make the one orange fish among 24 pictures a yellow one."""
+    rows = meadow.scenes(24, 64, seed=0)
+    grid = make_grid([row["image"] for row in rows], 4, 6).resize((768, 512), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    grid.save(buffer, format="PNG")
+    stored = lighter_png(base64.b64encode(buffer.getvalue()).decode("ascii"))
+    with Image.open(io.BytesIO(base64.b64decode(stored))) as image:
+        assert image.mode == "P", "a grid of this size is stored with a palette"
+        off = np.asarray(image.convert("RGB"), dtype=float) - np.asarray(grid, dtype=float)
+    blocks = off.reshape(64, 8, 96, 8, 3).mean(axis=(1, 3))  # of 8 x 8 pixels
+    assert abs(blocks).max() < 15
+
+
+def index_text() -> str:
     cells = nbformat.read(str(NBS / "index.ipynb"), as_version=4).cells
-    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+ROW = re.compile(r"^\| (\d\d) \| \[[^\]]+\]\(([^)]+)\) \| (\d+) \|", re.MULTILINE)  # number, address, minutes
+SPELLED = {"ten": 10, "a quarter of an hour": 15, "fifteen": 15, "twenty": 20, "twenty-five": 25, "half an hour": 30,
+           "thirty": 30, "thirty-five": 35}  # fmt: skip
+
+
+def test_next_follows_the_path():
+    """Each lesson of the two paths ends with the way to the next one of its path, and the first path to the second."""
+    paths = index_text().split("## Three paths")[1].split("Beside the path")[0]
+    path = [Path(address) for _, address, _ in ROW.findall(paths)]
+    assert len(path) >= 15 and path[0].stem == "00_start"
+    for lesson, following in itertools.pairwise(path):
+        closing = "\n".join(prose(lesson.stem)).rsplit("## Next", 1)[1]
+        assert f"{following.name})" in closing, f"{lesson.stem} leads to {following.stem}"
+
+
+def test_the_index_says_the_minutes_that_the_lesson_says():
+    rows = ROW.findall(index_text())
+    assert len(rows) >= 20
+    for _, address, minutes in rows:
+        opening = " ".join(NOTEBOOKS[Path(address).stem].cells[2].source.split())
+        said = re.search(r"Reading takes (?:about )?(\d+|[a-z -]+?)(?: minutes)?[.;,]", opening)
+        assert said, f"{address}: say how many minutes reading takes"
+        assert int(minutes) == int(SPELLED.get(said[1], said[1])), f"{address}: {said[0]}"
+
+
+def test_the_index_names_every_lesson():
+    text = index_text()
     assert [path.name for path in PATHS if path.relative_to(NBS).as_posix() not in text] == []

@@ -7,6 +7,7 @@ from runs import words
 from torch.utils.data import DataLoader, TensorDataset
 
 from diffusion_lessons.butterflies import training as butterflies
+from diffusion_lessons.butterflies.command import main as train_butterflies
 from diffusion_lessons.butterflies.config import TrainingConfig
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.dreambooth import class_images, loop
@@ -123,7 +124,7 @@ def exhausted(*_, **__):
 
 def test_a_grid_that_does_not_fit_is_no_matter_of_the_training_batch(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(butterflies, "evaluate", exhausted)
-    assert butterflies.main(words(tmp_path / "run", max_train_steps=2)) == 1
+    assert train_butterflies(words(tmp_path / "run", max_train_steps=2)) == 1
     said = capsys.readouterr().err
     assert "out of memory while samples were drawn; try --eval_batch_size 1. Last good checkpoint: checkpoint-2" in said
     assert "train_batch_size" not in said and "Traceback" not in said
@@ -217,7 +218,7 @@ def test_an_estimate_says_what_is_in_it():
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_dry_run_names_an_average_only_where_one_is_kept(averaged, tmp_path, capsys):
     fields = {"use_ema": True} if averaged else {}
-    assert butterflies.main(words(tmp_path / "run", dry_run=True, **fields)) == 0
+    assert train_butterflies(words(tmp_path / "run", dry_run=True, **fields)) == 0
     said = capsys.readouterr().out
     expected = "gradients, moments and average" if averaged else "gradients and moments"
     assert f"GiB for weights, {expected}, without activations; " in said

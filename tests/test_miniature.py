@@ -303,6 +303,14 @@ def test_an_installation_without_weights_says_so(monkeypatch):
 # --- making it ---
 
 
+def test_the_folder_answers_to_the_names_of_what_draws_and_of_what_makes_it():
+    from diffusion_lessons.miniature import model, stages
+
+    assert miniature.load is model.load and miniature.main is stages.main
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        miniature.nothing  # noqa: B018
+
+
 def words(stage: str, home: Path, **fields) -> list[str]:
     chosen = {"model_dir": home / "model", "data_dir": home / "renders", "output_dir": home / stage,
               "num_train_images": 64, "train_batch_size": 8, "max_train_steps": 4, "checkpointing_steps": 2,

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusion_lessons.diffusion.sampling import make_sampler
+from diffusion_lessons.diffusion.samplers import make_sampler
 from diffusion_lessons.engine.checkpoints import without_warnings
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.stable_diffusion import folder as pretrained

@@ -14,8 +14,8 @@ from dreambooth_runs import CLASS, SUBJECT, class_folder, eye_folder, subject_fo
 from PIL import Image
 
 from diffusion_lessons import miniature
-from diffusion_lessons.diffusion.noise import min_snr_weights
-from diffusion_lessons.diffusion.sampling import make_sampler
+from diffusion_lessons.diffusion.samplers import make_sampler
+from diffusion_lessons.diffusion.targets import min_snr_weights
 from diffusion_lessons.dreambooth import class_images, fidelity
 from diffusion_lessons.dreambooth.class_images import (
     GENERATED_NAME,

@@ -15,7 +15,7 @@ PROBE = """
 import json, sys
 from pathlib import Path
 import torch
-from diffusion_lessons.butterflies import training as butterflies
+from diffusion_lessons.butterflies import command, training as butterflies
 from diffusion_lessons.engine import run as training
 from diffusion_lessons.butterflies.config import PRESETS, TrainingConfig
 from diffusion_lessons.engine.command_line import parse_command_line
@@ -50,7 +50,7 @@ def noted_run(*args, **kwargs):
         butterflies.current_run = run
         yield run
 butterflies.start_run = noted_run
-raise SystemExit(butterflies.main())
+raise SystemExit(command.main())
 """
 
 
@@ -144,7 +144,7 @@ from torchvision import transforms
 from diffusion_lessons.pictures import meadow
 from diffusion_lessons.butterflies.training import TrainingConfig, train_loop
 from diffusion_lessons.engine.commands import launch
-from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
 
 turn = transforms.Compose([transforms.ColorJitter(brightness=0.5), transforms.ToTensor()])

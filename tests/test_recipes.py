@@ -8,7 +8,7 @@ import torch
 from dreambooth_runs import dreambooth_words, subject_folder
 from runs import words
 
-from diffusion_lessons.butterflies import training as butterflies
+from diffusion_lessons.butterflies import command as butterflies
 from diffusion_lessons.dreambooth import fit, loop
 from diffusion_lessons.dreambooth import training as dreambooth
 from diffusion_lessons.dreambooth.config import RECIPES, DreamBoothConfig, costs_more, parse_dreambooth

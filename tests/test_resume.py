@@ -11,9 +11,10 @@ import pytest
 import torch
 from runs import assert_same_state, command, run, words
 
+from diffusion_lessons.butterflies.command import main
 from diffusion_lessons.butterflies.config import TrainingConfig
-from diffusion_lessons.butterflies.training import main, train_loop
-from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.butterflies.training import train_loop
+from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.engine.checkpoints import latest_checkpoint, list_checkpoints
 from diffusion_lessons.engine.commands import RunFailed
@@ -140,7 +141,7 @@ def test_the_schedule_after_a_changed_resume_is_that_of_the_new_config(short_run
     model = make_unet("tiny-16", 16, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
-    from diffusion_lessons.butterflies.training import load_data
+    from diffusion_lessons.butterflies.command import load_data
     from diffusion_lessons.pictures.sets import make_dataloader
 
     train_loop(config, model, make_noise_scheduler(), optimizer, make_dataloader(load_data(config), 4))

@@ -24,7 +24,7 @@ from runs import Tiny
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.engine.checkpointer import ModelFolders
 from diffusion_lessons.engine.checkpoints import list_checkpoints

@@ -4,27 +4,26 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 
-from diffusion_lessons.diffusion.noise import (
-    BETA_SCHEDULES,
-    PREDICTION_TYPES,
-    add_noise,
-    make_noise_scheduler,
-    noise_batch,
-    predicted_clean,
-)
+from diffusion_lessons.diffusion.noise import add_noise
+from diffusion_lessons.diffusion.samplers import SAMPLERS, make_sampler
 from diffusion_lessons.diffusion.sampling import (
-    SAMPLERS,
     ExactDenoiser,
     ddim_step,
     ddpm_step,
     denoise,
     dpm_solver_step,
     evaluating,
-    make_sampler,
     sample_images,
     starting_noise,
     to_uint8,
     trailing_timesteps,
+)
+from diffusion_lessons.diffusion.targets import (
+    BETA_SCHEDULES,
+    PREDICTION_TYPES,
+    make_noise_scheduler,
+    noise_batch,
+    predicted_clean,
 )
 from diffusion_lessons.diffusion.unet import make_unet
 from diffusion_lessons.engine.config import InputError

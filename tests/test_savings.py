@@ -18,7 +18,7 @@ from runs import assert_same_state, words
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
-from diffusion_lessons.butterflies.training import main as train_butterflies
+from diffusion_lessons.butterflies.command import main as train_butterflies
 from diffusion_lessons.dreambooth import training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.memory import choose_models, precision_plan

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import nbformat
@@ -15,7 +16,8 @@ from nbconvert import HTMLExporter
 CHECKOUT = Path(__file__).resolve().parent.parent
 NBS = CHECKOUT / "nbs"
 PARTS = ("butterflies", "miniature", "dreambooth", "workshop")  # in the order of the course
-LESSONS = ["index", *(f"{part}/{path.stem}" for part in PARTS for path in sorted((NBS / part).glob("*.ipynb")))]
+OPENING = ["index", *(path.stem for path in sorted(NBS.glob("[0-9]*.ipynb")))]
+LESSONS = OPENING + [f"{part}/{path.stem}" for part in PARTS for path in sorted((NBS / part).glob("*.ipynb"))]
 DOCUMENTS = r"\.(?:ipynb|qmd|html)$"  # `nbdev_docs` uses this by default, `nbdev_proc_nbs` has to be told
 
 
@@ -29,15 +31,16 @@ def site(tmp_path_factory) -> Path:
     for name in ("settings.ini", "_quarto.yml", "README.md", "setup.py", "pyproject.toml"):
         shutil.copy(CHECKOUT / name, copy)
     generated = shutil.ignore_patterns("__pycache__", "nbdev.yml", "sidebar.yml", ".ipynb_checkpoints", "outputs")
-    for name in ("nbs", "diffusion_lessons"):
+    for name in ("nbs", "diffusion_lessons", ".ci"):
         shutil.copytree(CHECKOUT / name, copy / name, symlinks=True, ignore=generated)
     stub = programs / "quarto"
     stub.write_text("#!/bin/sh\nexit 0\n")
     stub.chmod(0o755)
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    modules = os.pathsep.join([str(copy / ".ci"), *filter(None, [os.environ.get("PYTHONPATH")])])  # as `make docs` does
     done = subprocess.run(
         ["nbdev_proc_nbs", "--file_re", DOCUMENTS, "--n_workers", "2"],
-        cwd=copy, env={**os.environ, "PATH": path}, capture_output=True, text=True,
+        cwd=copy, env={**os.environ, "PATH": path, "PYTHONPATH": modules}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -74,6 +77,24 @@ def test_every_lesson_becomes_a_page(pages):
     assert sorted(pages) == sorted(LESSONS)
 
 
+def options(cell) -> dict:
+    """What a code cell tells Quarto; a key that is there twice is an error, to Quarto as well."""
+    lines = [line[2:].strip() for line in cell.source.splitlines() if line.startswith("#|")]
+    keys = [line.partition(":")[0] for line in lines]
+    assert len(set(keys)) == len(keys), lines
+    return yaml.safe_load("\n".join(lines)) or {}
+
+
+def code_cells(page) -> list:
+    return [cell for cell in page.cells if cell.cell_type == "code"]
+
+
+def entry(page, name: str) -> str:
+    """The reference entry of a name."""
+    cell = next(cell for cell in code_cells(page) if f"show_doc({name})" in cell.source)
+    return "".join(cell.outputs[0]["data"]["text/markdown"])
+
+
 def test_pages_have_titles_descriptions_and_addresses_of_their_own(pages):
     heads = {name: front_matter(page) for name, page in pages.items()}
     assert all(head["title"] and head["description"] for head in heads.values())
@@ -83,9 +104,51 @@ def test_pages_have_titles_descriptions_and_addresses_of_their_own(pages):
 
 def test_the_sidebar_lists_the_lessons_in_order(site):
     contents = yaml.safe_load((site / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-    assert contents[0] == "index.ipynb" and [part["section"].lower() for part in contents[1:]] == list(PARTS)
-    listed = [path for part in contents[1:] for path in sorted(site.glob(part["contents"]))]
-    assert [path.relative_to(site).with_suffix("").as_posix() for path in listed] == LESSONS[1:]
+    sections = [part for part in contents if isinstance(part, dict)]
+    assert [part["section"].lower() for part in sections] == list(PARTS) and sections == contents[-len(PARTS) :]
+    opening = [name for name in contents if isinstance(name, str)]
+    assert [f"{name}.ipynb" for name in OPENING] == [name for name in opening if (site / name).is_file()]
+    listed = [path for part in sections for path in sorted(site.glob(part["contents"]))]
+    assert [path.relative_to(site).with_suffix("").as_posix() for path in listed] == LESSONS[len(OPENING) :]
+
+
+def test_titles_begin_with_the_numbers_of_the_lessons(pages):
+    """Quarto takes the titles for the sidebar, the breadcrumbs, the search and the links to the next page."""
+    for name, page in pages.items():
+        number = Path(name).name[:2]
+        assert name == "index" or front_matter(page)["title"].startswith(f"{number} · "), name
+
+
+def test_files_of_the_site_are_there(site):
+    """nbdev copies them beside the pages, and Quarto finds them by these names."""
+    custom = yaml.safe_load((site / "_quarto.yml").read_text())
+    for name in (custom["format"]["html"]["css"], custom["website"]["favicon"], "404.qmd"):
+        assert (site / name).is_file(), name
+
+
+def test_formulas_are_drawn_by_one_version_and_kept_as_text_in_markdown(site):
+    formats = yaml.safe_load((site / "_quarto.yml").read_text())["format"]
+    math = formats["html"]["html-math-method"]
+    assert math["method"] == "katex" and re.search(r"/katex@\d+\.\d+\.\d+/dist/$", math["url"])
+    assert "+tex_math_dollars" in formats["commonmark"]["variant"]
+
+
+def test_no_page_needs_widgets(pages):
+    """With an output of HTML, Quarto loads RequireJS, and a KaTeX whose address is named does not load beside it."""
+    kinds = {kind for page in pages.values() for cell in code_cells(page) for output in cell.outputs
+             for kind in output.get("data", {})}
+    assert not [kind for kind in kinds if "html" in kind or "widget" in kind or "javascript" in kind]
+
+
+def test_llms_txt_lists_every_page_in_order(pages, site):
+    target = site.parent / "llms.txt"
+    subprocess.run([sys.executable, ".ci/llms.py", target], cwd=site.parent, check=True)
+    text = target.read_text(encoding="utf-8")
+    root = yaml.safe_load((site / "nbdev.yml").read_text())["website"]["site-url"]
+    found = re.findall(rf"^- \[.+?\]\({re.escape(root)}/(.+?)\.md\): \S", text, re.MULTILINE)
+    places = addresses(pages)
+    assert [places[address] for address in found] == LESSONS
+    assert text.startswith("# ") and "\n> " in text
 
 
 def test_addresses_derive_from_the_settings(site):
@@ -118,13 +181,59 @@ def test_every_exported_name_is_documented(pages):
 
 def test_reference_entries_show_signatures_and_sources_are_shown(pages):
     page = pages["workshop/72_figures"]
-    entry = next(
-        output["data"]["text/markdown"]
-        for cell in page.cells if cell.cell_type == "code" and "show_doc(make_grid)" in cell.source
-        for output in cell.outputs
-    )  # fmt: skip
-    assert "rows:int" in entry and "row by row" in entry
-    assert any("def make_grid(" in cell.source for cell in page.cells if cell.cell_type == "code")
+    assert "rows:int" in entry(page, "make_grid") and "row by row" in entry(page, "make_grid")
+    assert any("def make_grid(" in cell.source for cell in code_cells(page))
+
+
+def test_arguments_are_lists(pages):
+    text = entry(pages["workshop/72_figures"], "show_images")
+    assert "**Arguments**\n\n- `images`: pictures as" in text and "\n- `cols`: images in a row, at most." in text
+    for name, page in pages.items():
+        assert not re.search(r"^(Args|Returns|Yields|Raises):$", markdown(page), re.MULTILINE), name
+
+
+def test_a_config_shows_its_flags_with_their_help(pages):
+    page = pages["workshop/87_dreambooth_config"]
+    text = entry(page, "AdapterOptions")
+    assert "| `--rank` | `4` | rank of the adapters, and their alpha |" in text and "(`diffusers`, `kohya`)" in text
+    text = entry(page, "DreamBoothConfig")
+    assert "| `--seed` |" in text and "--rank" not in text and "AdapterOptions" in text.rsplit(":::", 1)[1]
+    assert not re.search(r"(?<![`\w-])--\w", text), "in prose, two hyphens become a dash"
+
+
+def test_plumbing_is_folded(pages):
+    for name, page in pages.items():
+        for cell in code_cells(page):
+            flags = options(cell)
+            body = ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))).body
+            imports = bool(body) and all(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
+            defines = any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in body)
+            exported = flags.get("code-summary") == "Exported source"
+            long = name.startswith("workshop/") and exported and defines and cell.source.count("\n") > 13
+            assert flags.get("code-fold") is True or not (imports or long), f"{name}: {cell.source[:200]}"
+
+
+def test_cells_that_were_not_run_say_so(pages):
+    """Quarto is told not to run the cell; the reader is, too."""
+    marks = 0
+    for name, page in pages.items():
+        for cell, following in zip(page.cells, [*page.cells[1:], None], strict=True):
+            marked = following is not None and following.source.startswith("::: {.not-run}\n")
+            if cell.cell_type == "code" and options(cell).get("eval") is False:
+                assert marked and "not run here" in following.source.lower(), f"{name}: {cell.source[:200]}"
+                marks += 1
+            assert not marked or not cell.outputs, f"{name}: {cell.source[:200]}"
+    assert marks >= 10
+    train = pages["dreambooth/37_train"]
+    assert any("Needs a GPU and the Hub; not run here." in cell.source for cell in train.cells)
+
+
+def test_names_in_backticks_become_links(pages, site):
+    declared = {point.value for point in entry_points(group="nbdev")}
+    assert "diffusion_lessons._modidx:d" in declared, "install the package again: setup.py has changed"
+    root = yaml.safe_load((site / "nbdev.yml").read_text())["website"]["site-url"]
+    assert sum(markdown(page).count(f"`]({root}/") for page in pages.values()) > 100
+    assert "[source](https://github.com/" in entry(pages["workshop/72_figures"], "show_images")
 
 
 def test_figures_reach_the_pages(pages, site):
@@ -141,7 +250,8 @@ def test_what_serves_the_machinery_is_hidden(pages):
     for name, page in pages.items():
         code = "\n".join(cell.source for cell in page.cells if cell.cell_type == "code")
         assert "nbdev_export(" not in code and "%pip" not in code and "default_exp" not in code, name
-        assert name == "index" or "colab-badge.svg" in markdown(page), name
+        assert name == "index" or re.search(r'^<a [^>]+><img src="\S+colab-badge.svg" alt="Open in Colab"></a>$',
+                                            markdown(page), re.MULTILINE), name  # fmt: skip
 
 
 def heading_ids(page) -> set[str]:
@@ -151,7 +261,7 @@ def heading_ids(page) -> set[str]:
 
 
 def test_every_relative_link_resolves(pages, site):
-    broken = []
+    broken, places = [], addresses(pages)
     for name, page in pages.items():
         here = Path(name).parent
         text = re.sub(r"```.*?```|`[^`\n]*`", "", markdown(page), flags=re.DOTALL)
@@ -160,7 +270,7 @@ def test_every_relative_link_resolves(pages, site):
                 continue
             place, _, anchor = target.partition("#")
             path = os.path.normpath(here / place)
-            other = name if not place else addresses(pages).get(path, path.removesuffix(".ipynb"))
+            other = name if not place else places.get(path, path.removesuffix(".ipynb"))
             if other in pages:
                 if anchor and place.endswith(".ipynb") and anchor not in heading_ids(pages[other]):
                     broken.append(f"{name}: {target} (no such heading)")

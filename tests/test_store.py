@@ -15,9 +15,10 @@ from dreambooth_runs import dreambooth_words, subject_folder
 from huggingface_hub import HfApi, RepoUrl
 from runs import TINY, words
 
+from diffusion_lessons.butterflies import command
 from diffusion_lessons.butterflies import training as butterflies
+from diffusion_lessons.butterflies.command import main
 from diffusion_lessons.butterflies.config import TrainingConfig
-from diffusion_lessons.butterflies.training import main
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.fidelity import read_rows, write_rows
 from diffusion_lessons.dreambooth.training import Watch
@@ -424,7 +425,7 @@ class Hub:
 def test_what_is_uploaded_says_nothing_of_this_machine_and_the_local_config_all(tmp_path, monkeypatch):
     from diffusers import DDPMPipeline
 
-    from diffusion_lessons.diffusion.noise import make_noise_scheduler
+    from diffusion_lessons.diffusion.targets import make_noise_scheduler
     from diffusion_lessons.diffusion.unet import make_unet
 
     base, folder = tmp_path / "base", tmp_path / "run"
@@ -538,7 +539,7 @@ def test_with_a_limit_of_0_the_model_stays_and_no_checkpoint(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in before}, "an unattended restart changes nothing"
     with pytest.raises(InputError, match="is finished and kept no checkpoint"):
         config = TrainingConfig(**TINY, output_dir=str(folder), resume_from_checkpoint="latest")
-        butterflies.train(butterflies.settle(config), butterflies.load_data(config))
+        command.train(command.settle(config), command.load_data(config))
     assert main(words(folder, max_train_steps=3, checkpointing_steps=2)) == 0
     assert [each.step for each in list_checkpoints(folder)] == [2, 3], "a new run is a new run"
 

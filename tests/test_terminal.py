@@ -15,8 +15,8 @@ import pytest
 from dreambooth_runs import dreambooth_words, subject_folder
 from runs import command, words
 
+from diffusion_lessons.butterflies.command import main
 from diffusion_lessons.butterflies.config import TrainingConfig
-from diffusion_lessons.butterflies.training import main
 from diffusion_lessons.engine.checkpoints import list_checkpoints
 from diffusion_lessons.engine.commands import (
     LastingStream,
@@ -174,7 +174,7 @@ def test_streams_are_put_back_and_wrapped_once():
 
 
 def test_a_notebooks_run_outlives_its_output_as_well(tmp_path, monkeypatch):
-    from diffusion_lessons.butterflies.training import load_data, train
+    from diffusion_lessons.butterflies.command import load_data, train
 
     class Gone(io.StringIO):
         def write(self, text):

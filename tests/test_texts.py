@@ -11,8 +11,8 @@ import yaml
 from dreambooth_runs import dreambooth_words, subject_folder
 from runs import words
 
+from diffusion_lessons.butterflies.command import main
 from diffusion_lessons.butterflies.config import TrainingConfig, parse_butterflies
-from diffusion_lessons.butterflies.training import main
 from diffusion_lessons.dreambooth.config import DreamBoothConfig, parse_dreambooth
 from diffusion_lessons.dreambooth.drawing_config import GenerationConfig, parse_generation
 from diffusion_lessons.engine.checkpointer import last_checkpoint_text
@@ -23,7 +23,7 @@ from diffusion_lessons.miniature.autoencoder import AutoencoderConfig
 from diffusion_lessons.miniature.clip import ClipConfig
 from diffusion_lessons.miniature.judge import JudgeConfig
 from diffusion_lessons.miniature.latent_diffusion import DiffusionConfig
-from diffusion_lessons.miniature.model import AssemblyConfig
+from diffusion_lessons.miniature.stages import AssemblyConfig
 
 NASTY = ["a photo of a sks butterfly 🦋", "für Zoë", "'single' and \"double\"", "two\nlines\tand a tab", "no", "yes",
          "null", "1e-4", "1984", "1.50", "0x10", "12:30:45", "2024-05-01", "true", "~", "~/out", "- a list",

@@ -29,8 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusion_lessons import miniature
-from diffusion_lessons.diffusion.noise import denoising_loss
-from diffusion_lessons.diffusion.sampling import make_sampler
+from diffusion_lessons.diffusion.samplers import make_sampler
+from diffusion_lessons.diffusion.targets import denoising_loss
 from diffusion_lessons.dreambooth import class_images, fidelity, loop, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.fidelity import (

@@ -6,11 +6,11 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
-from diffusion_lessons.diffusion.noise import denoising_loss, make_noise_scheduler, noise_batch
+from diffusion_lessons.diffusion.networks import check_image_size
 from diffusion_lessons.diffusion.pipelines import load_unconditional
+from diffusion_lessons.diffusion.targets import denoising_loss, make_noise_scheduler, noise_batch
 from diffusion_lessons.diffusion.unet import (
     UNETS,
-    check_image_size,
     count_parameters,
     make_unet,
     timestep_embedding,

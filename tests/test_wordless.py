@@ -18,20 +18,13 @@ from diffusers import (
 from PIL import Image
 from runs import TINY, words
 
+from diffusion_lessons.butterflies import command
 from diffusion_lessons.butterflies import training as butterflies
+from diffusion_lessons.butterflies.command import build_model, check_before_work, load_data, main, settle, size_note
 from diffusion_lessons.butterflies.config import TrainingConfig, parse_butterflies
-from diffusion_lessons.butterflies.training import (
-    build_model,
-    check_before_work,
-    evaluate,
-    load_data,
-    main,
-    settle,
-    size_note,
-    train_loop,
-)
-from diffusion_lessons.diffusion.noise import make_noise_scheduler
+from diffusion_lessons.butterflies.training import evaluate, train_loop
 from diffusion_lessons.diffusion.pipelines import load_unconditional, read_unconditional
+from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import UNETS, make_unet
 from diffusion_lessons.dreambooth.inference import main as generate_images
 from diffusion_lessons.engine.config import InputError
@@ -87,7 +80,7 @@ def refused(monkeypatch, capfd, output_dir: Path, pipeline: Path | str, **fields
     def never(*_, **__):
         raise AssertionError("pictures were loaded")
 
-    monkeypatch.setattr(butterflies, "load_images", never)
+    monkeypatch.setattr(command, "load_images", never)
     assert tune(output_dir, pipeline, **fields) == 2
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and not output_dir.exists()
@@ -372,7 +365,7 @@ def test_the_check_before_the_work_reads_no_weights(tmp_path, monkeypatch):
 
 def test_the_card_of_an_uploaded_model_loads_it_by_its_name(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(butterflies, "check_login", lambda config: None)
+    monkeypatch.setattr(command, "check_login", lambda config: None)
     monkeypatch.setattr(butterflies, "push_to_hub", lambda config: "https://example.org")
     chosen = {"max_train_steps": 1, "push_to_hub": True, "hub_model_id": "me/butterflies"}
     assert main(words(tmp_path / "run", **chosen)) == 0

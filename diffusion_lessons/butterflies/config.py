@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FRESH', 'PRESETS', 'PictureOptions', 'NetworkOptions', 'NoiseOptions', 'EpochOptions', 'GridOptions',
-           'RefusedOptions', 'TrainingConfig', 'parse_butterflies', 'train_butterflies']
+           'RefusedOptions', 'TrainingConfig', 'noise_fields', 'filled_in', 'parse_butterflies', 'train_butterflies']
 
 # %% ../../nbs/workshop/86_butterflies_config.ipynb #3d663185
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..engine.commands import front_door
@@ -160,6 +160,34 @@ class TrainingConfig(RefusedOptions, RunConfig, GridOptions, EpochOptions, Noise
         require(not self.preserve_input_precision, "preserve_input_precision", True,
                 "pictures are held as 8-bit RGB, 16-bit ones are scaled by their range; leave the flag out")
 
+# %% ../../nbs/workshop/86_butterflies_config.ipynb #a263d88c
+def noise_fields(noise: Mapping[str, Any]) -> dict[str, str | int | None]:
+    """The config's fields about noise, from the config of a scheduler; the name of a schedule without one is None."""
+    named = noise["trained_betas"] is None and noise["beta_schedule"] != "laplace"
+    return {"prediction_type": noise["prediction_type"], "ddpm_num_steps": noise["num_train_timesteps"],
+            "ddpm_beta_schedule": noise["beta_schedule"] if named else None}
+
+# %% ../../nbs/workshop/86_butterflies_config.ipynb #6e4c82c6
+def filled_in(config: TrainingConfig, size: tuple[int, int] | None, noise: Mapping[str, Any]) -> TrainingConfig:
+    """The config with size and noise of the pretrained pipeline that it names; the config itself where it names none.
+
+    size: height and width that the pipeline's network was made for, None where it does not say. noise: the config of
+    its scheduler. Raises InputError for a field that contradicts the pipeline, and where neither says a size.
+    """
+    path, declared = config.pretrained_model_name_or_path, config.declared
+    if path is None:
+        return config
+    theirs = noise_fields(noise)
+    for name, value in theirs.items():
+        given = getattr(declared, name)
+        require(given in (None, value), name, given,
+                f"{path} was trained with {value or 'a schedule of its own'}; leave the flag out")
+    sides = set(size or ())
+    side = declared.image_size or (sides.pop() if len(sides) == 1 else None)
+    require(side is not None, "image_size", "is missing",
+            f"{path} names no square size of its own (sample_size); say at which to train")
+    return replace(declared, image_size=side, **theirs)
+
 # %% ../../nbs/workshop/86_butterflies_config.ipynb #ce5ac34a
 PRESETS: dict[str, dict[str, Any]] = {
     "tutorial": {},
@@ -179,5 +207,5 @@ def parse_butterflies(argv: Sequence[str]) -> tuple[TrainingConfig, LaunchOption
 
 # %% ../../nbs/workshop/86_butterflies_config.ipynb #5d8f07a8
 def train_butterflies() -> int:
-    """The installed command `train-butterflies`; see [16_train](../butterflies/16_train.ipynb)."""
-    return front_door("train-butterflies", parse_butterflies, "diffusion_lessons.butterflies.training")
+    """The installed command `train-butterflies`; see [97_butterflies_command](97_butterflies_command.ipynb)."""
+    return front_door("train-butterflies", parse_butterflies, "diffusion_lessons.butterflies.command")

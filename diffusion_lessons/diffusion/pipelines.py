@@ -19,8 +19,8 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors import safe_open
 
-from .noise import BETA_SCHEDULES, PREDICTION_TYPES
-from .unet import check_image_size, check_unet, read_config, repository_folder
+from .networks import check_image_size, check_unet, read_config, repository_folder
+from .targets import BETA_SCHEDULES, PREDICTION_TYPES
 from ..engine.checkpoints import folder_fault, load_part, without_warnings
 from ..engine.commands import one_line
 from ..engine.config import InputError

@@ -39,6 +39,8 @@ from ..stable_diffusion.drawing import check_drawing, draw
 from ..stable_diffusion.prompts import context_notes
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #1acfe974
+#| code-fold: true
+#| code-summary: "which word of a prompt is missing"
 CAPTION_WORDS = "a an the one of in on my this photo picture image painting drawing"  # they name no subject
 
 
@@ -59,6 +61,8 @@ def missing_word_notes(prompts: Sequence[str], trained: Mapping[str, Any]) -> li
     return notes
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #639951ec
+#| code-fold: true
+#| code-summary: "numbered files that say how they were made"
 @contextlib.contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
     """Create the folder of `--output_dir`; whatever cannot be written within the block is an InputError."""
@@ -91,6 +95,8 @@ def save_numbered(pictures: Tensor, folder: Path, about: Sequence[Mapping[str, A
     return paths
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #45e477fe
+#| code-fold: true
+#| code-summary: "what is written into a picture"
 def model_name(path: str) -> str:
     """What a model is called on sheets and in metadata: the end of a path, which tells nothing of somebody's disk."""
     if path == "miniature" or not Path(path).exists():
@@ -124,6 +130,8 @@ def draw_prompts(pipeline: StableDiffusionPipeline, config: GenerationConfig) ->
     return torch.cat(rows)
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #a08242fe
+#| code-fold: true
+#| code-summary: "other models, on one sheet"
 def load_other(path: str, base: str, config: GenerationConfig) -> StableDiffusionPipeline:
     """One more model for a sheet: a model, or a checkpoint or adapter on the model that it was trained from.
 
@@ -158,6 +166,8 @@ def compare(config: GenerationConfig, base: str, first: Tensor) -> None:
     say(f"the sheet is {path}")
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #3f0818a3
+#| code-fold: true
+#| code-summary: "pipelines that take no prompt"
 def is_unconditional(name_or_path: str, revision: str | None = None) -> bool:
     """Whether a folder or Hub id is a pipeline that takes no prompt, such as the butterflies'."""
     index = pipeline_index(name_or_path, revision)
@@ -197,6 +207,8 @@ def generate_unconditional(config: GenerationConfig) -> None:
     say(f"{len(paths)} pictures are in {config.output_dir}")
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #1caf06e6
+#| code-fold: true
+#| code-summary: "the command's steps"
 def generate(config: GenerationConfig, given: Iterable[str] = ()) -> None:
     """Draw what the config says and save it; raises InputError for whatever cannot be used.
 

@@ -18,7 +18,7 @@ from .config import DreamBoothConfig
 from .subject import SubjectData
 from ..pictures.figures import make_grid
 from ..stable_diffusion.drawing import draw, ready_to_draw
-from ..diffusion.noise import denoising_loss, noise_batch
+from ..diffusion.targets import denoising_loss, noise_batch
 from ..engine.precision import Phase, PrecisionPlan
 from ..engine.run import Run
 

@@ -48,12 +48,14 @@ def add_adapters(models: Mapping[str, torch.nn.Module], rank: int = 4, dropout: 
 
 # %% ../../nbs/dreambooth/34_lora.ipynb #ceb68047
 def adapter_size(models: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
-    """How many numbers are trained, of how many, and the bytes that they take in a file of 32 bits."""
+    """How many parameters are trained, of how many, and the bytes that they take in a file of 32 bits."""
     trained = sum(each.numel() for model in models.values() for each in model.parameters() if each.requires_grad)
     total = sum(each.numel() for model in models.values() for each in model.parameters())
     return {"trained": trained, "of": total, "bytes": 4 * trained}
 
 # %% ../../nbs/dreambooth/34_lora.ipynb #1d522cef
+#| code-fold: true
+#| code-summary: "adapters as one dictionary"
 def adapter_state(models: Mapping[str, torch.nn.Module]) -> dict[str, Tensor]:
     """The adapters of these models by the names of PEFT, each with the name of its model in front."""
     state = {}
@@ -65,6 +67,8 @@ def adapter_state(models: Mapping[str, torch.nn.Module]) -> dict[str, Tensor]:
     return state
 
 # %% ../../nbs/dreambooth/34_lora.ipynb #5e6b4030
+#| code-fold: true
+#| code-summary: "the two files"
 def to_kohya(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same adapters under the names that kohya's trainer writes and ComfyUI and A1111 read.
 
@@ -88,6 +92,8 @@ def save_adapters(models: Mapping[str, torch.nn.Module], folder: Path, lora_form
         save_file(kohya, folder / KOHYA_FILE, metadata)
 
 # %% ../../nbs/dreambooth/34_lora.ipynb #bf754868
+#| code-fold: true
+#| code-summary: "reading a file by either names"
 def read_adapter(path: str | Path, flag: str = "lora_weights") -> dict[str, Tensor]:
     """An adapter, in diffusers' or kohya's format, by the names of PEFT: `unet.….lora_A.weight`.
 
@@ -120,6 +126,8 @@ def _peft_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 # %% ../../nbs/dreambooth/34_lora.ipynb #278b5d77
+#| code-fold: true
+#| code-summary: "is it an adapter for this model?"
 def check_adapter(state: Mapping[str, Tensor], pipeline: StableDiffusionPipeline, said: str) -> None:
     """Raise InputError for an adapter without layers, or with layers that this model lacks or has in another size."""
     if not any(key.endswith("lora_A.weight") for key in state):
@@ -153,6 +161,8 @@ def load_adapter(pipeline: StableDiffusionPipeline, path: str | Path, scale: flo
         pipeline.set_adapters(["subject"], [scale])
 
 # %% ../../nbs/dreambooth/34_lora.ipynb #b7db30b9
+#| code-fold: true
+#| code-summary: "adapters in a checkpoint"
 class AdapterFile(ModelFolders):
     """How adapters lie in a checkpoint: one file that `load_lora_weights` reads, their averages in the folder `ema`."""
 

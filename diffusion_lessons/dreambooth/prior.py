@@ -8,7 +8,7 @@ __all__ = ['prior_preservation_loss']
 # %% ../../nbs/dreambooth/33_prior.ipynb #6af86f95
 from torch import Tensor
 
-from ..diffusion.noise import denoising_loss
+from ..diffusion.targets import denoising_loss
 
 # %% ../../nbs/dreambooth/33_prior.ipynb #49b97b32
 def prior_preservation_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = None,

@@ -109,7 +109,7 @@ class CroppedPairs(Dataset):
 class EncodedPairs(TensorDataset):
     """Pairs as moments, held in memory; small enough to lie on the device while a run lasts, as `HeldData` do."""
 
-    fingerprint = ""  # of pictures and frozen weights, told by whoever encodes them
+    fingerprint = ""  # of pictures and frozen weights, given by whoever encodes them
 
     @property
     def nbytes(self) -> int:

@@ -41,7 +41,7 @@ from .fidelity import load_encoders, make_table
 from .prior import prior_preservation_loss
 from .subject import SubjectData, instance_source, load_subject
 from ..pictures.sets import Source
-from ..diffusion.noise import denoising_loss
+from ..diffusion.targets import denoising_loss
 from ..engine.optimization import TrainState, count_steps, make_optimizer, optimizer_bytes
 from ..engine.optimization import memory_text, seconds_per_micro_step, trained_parameters, training_memory
 from ..engine.optimizers import check_optimizer
@@ -53,7 +53,7 @@ from ..stable_diffusion.prompts import find_tokenizer
 from ..stable_diffusion.drawing import ready_to_draw, training_scheduler
 from ..stable_diffusion.folder import weight_files, weights_dtype, write_model
 from ..engine.publishing import check_login, push_to_hub, save_parts, write_model_card
-from ..diffusion.sampling import make_sampler
+from ..diffusion.samplers import make_sampler
 from ..engine.tracking import check_tracker, say
 from ..engine.run import Run, start_run
 from ..stable_diffusion.prompts import set_context

@@ -94,7 +94,7 @@ class Said(NamedTuple):
             row = row * length + self.attributes[:, column] - UNSAID
         return row
 
-
+# %% ../../nbs/miniature/20_captions.ipynb #90bbfce9
 def all_captions() -> list[str]:
     """Every caption there is, in the order of `Said.rows`: all long ones, then all brief ones.
 
@@ -126,7 +126,7 @@ def join_pair(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
             joined.append(piece)
     return joined
 
-
+# %% ../../nbs/miniature/20_captions.ipynb #df4a984b
 def split_word(word: str, merges: Iterable[tuple[str, str]] = ()) -> list[str]:
     """The pieces of a word: its letters, of which the last one is marked, after these merges in their order."""
     pieces = [*word[:-1], f"{word[-1]}</w>"]
@@ -140,7 +140,7 @@ def base_tokens() -> list[str]:
     alphabet = sorted(ByteLevel.alphabet())
     return [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
 
-
+# %% ../../nbs/miniature/20_captions.ipynb #059967e0
 def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
     """Join the most frequent pair of neighbours, again and again, until every word is one piece.
 
@@ -148,7 +148,7 @@ def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
     stands first in the vocabulary is joined, so that the same words always give the same merges.
     Source: Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units, algorithm 1.
     """
-    number = {token: position for position, token in enumerate(base_tokens())}
+    ids = {token: position for position, token in enumerate(base_tokens())}
     pieces, merges = {word: split_word(word) for word in words}, []
     while True:
         counts: Counter[tuple[str, str]] = Counter()
@@ -157,9 +157,9 @@ def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
                 counts[pair] += words[word]
         if not counts:
             return merges
-        best = min(counts, key=lambda pair: (-counts[pair], number[pair[0]], number[pair[1]]))
+        best = min(counts, key=lambda pair: (-counts[pair], ids[pair[0]], ids[pair[1]]))
         merges.append(best)
-        number.setdefault("".join(best), len(number))
+        ids.setdefault("".join(best), len(ids))
         pieces = {word: join_pair(parts, best) for word, parts in pieces.items()}
 
 # %% ../../nbs/miniature/20_captions.ipynb #b93e0de5
@@ -190,6 +190,8 @@ def train_tokenizer(captions: Iterable[str], identifiers: Sequence[str] = ("sks"
                          model_max_length=CONTEXT_LENGTH)
 
 # %% ../../nbs/miniature/20_captions.ipynb #8ec90ab3
+#| code-fold: true
+#| code-summary: "CaptionedSet: pictures with their attributes"
 class CaptionedSet(ImageSet):
     """Decoded pictures with what is in them: batches are `{"images": uint8 (B, 3, H, W), "attributes": (B, 3)}`."""
 
@@ -211,13 +213,15 @@ class CaptionedSet(ImageSet):
         return super().__getitems__(indices) | {"attributes": self.attributes[rows]}
 
 # %% ../../nbs/miniature/20_captions.ipynb #45186753
+#| code-fold: true
+#| code-summary: "render_scenes: draw pictures of the meadow, and keep them in a folder"
 def render_scenes(
     num_images: int, seed: int = 0, size: int = 64, exclude: Sequence[tuple[str, str, str]] = HELD_OUT,
     folder: str | Path | None = None,
 ) -> CaptionedSet:
     """Pictures of the meadow and what is in them, without the triples to exclude.
 
-    folder: keeps the drawn pictures, about 20,000 in two minutes, for the next stage and the next run.
+    folder: keeps the drawn pictures for the next stage and the next run.
     """
     if folder is None:
         drawn = scenes(num_images, size, seed, exclude=exclude)
@@ -236,6 +240,8 @@ def render_scenes(
     return CaptionedSet(pixels, encode_attributes(triples), [f"meadow row {row}" for row in range(len(drawn))])
 
 # %% ../../nbs/miniature/20_captions.ipynb #678a3dde
+#| code-fold: true
+#| code-summary: "StageConfig: what every stage shares"
 @dataclass
 class StageConfig(RunConfig):
     """What the training of every part of the miniature has: its pictures, and the folder where the parts meet."""
@@ -263,7 +269,7 @@ class StageConfig(RunConfig):
         require(int(os.environ.get("WORLD_SIZE", 1)) == 1, "num_processes", os.environ.get("WORLD_SIZE"),
                 "the miniature is trained in one process; start it without a launcher")
 
-
+# %% ../../nbs/miniature/20_captions.ipynb #045314e5
 def training_scenes(config: StageConfig) -> CaptionedSet:
-    """The pictures that a stage is trained on; every stage with the same numbers sees the same ones."""
+    """The pictures that a stage is trained on; every stage with the same seed and count sees the same ones."""
     return render_scenes(config.num_train_images, seed=config.seed, folder=config.data_dir)

@@ -83,8 +83,10 @@ def contrastive_loss(logits_per_image: Tensor, matches: Tensor) -> Tensor:
     return (by_picture + by_caption) / 2
 
 # %% ../../nbs/miniature/21_clip.ipynb #664c0cb8
+#| code-fold: true
+#| code-summary: "save_clip: write the parts as a Stable Diffusion folder has them"
 def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, model_dir: str | Path) -> None:
-    """Write both towers, the text tower alone as Stable Diffusion's `text_encoder`, and what prepares their inputs."""
+    """Write both encoders, the text one alone as Stable Diffusion's `text_encoder`, and what prepares their inputs."""
     text_encoder = CLIPTextModel._from_config(model.config.text_config)
     tower = getattr(text_encoder, "text_model", text_encoder)  # one level down before transformers 5.6
     tower.load_state_dict(model.text_model.state_dict())
@@ -94,9 +96,11 @@ def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, model_dir: str | Path)
             part.save_pretrained(folder)
 
 # %% ../../nbs/miniature/21_clip.ipynb #e132fd4c
+#| code-fold: true
+#| code-summary: "ClipConfig: the settings of this stage"
 @dataclass
 class ClipConfig(StageConfig):
-    """Training of the two towers."""
+    """Training of the two encoders."""
 
     output_dir: str = option("outputs/miniature/clip", "folder for logs and checkpoints", path=True)
     train_batch_size: int = option(64, "pictures per micro-step, each a wrong answer for the others", fixed=True)
@@ -104,7 +108,7 @@ class ClipConfig(StageConfig):
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     adam_weight_decay: float = option(0.05, "decoupled weight decay of AdamW")
 
-
+# %% ../../nbs/miniature/21_clip.ipynb #354bf5ce
 def train_clip(config: ClipConfig) -> list[float]:
     """Train tokenizer and CLIP on the meadow's captions, and put them into `config.model_dir`; returns the losses."""
     config = config.resolve()

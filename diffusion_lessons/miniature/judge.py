@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['make_judge', 'split_answers', 'judge_loss', 'soften', 'JudgeConfig', 'train_judge', 'Verdict', 'judge_pictures',
-           'load_judge', 'JudgeEncoder']
+           'load_judge', 'JudgeEncoder', 'wilson_interval']
 
 # %% ../../nbs/miniature/25_judge.ipynb #f1a5b503
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,8 @@ def soften(images: Tensor, generator: torch.Generator) -> Tensor:
     return images + 0.05 * noise.to(images.device)
 
 # %% ../../nbs/miniature/25_judge.ipynb #48923536
+#| code-fold: true
+#| code-summary: "JudgeConfig: the settings of the training"
 @dataclass
 class JudgeConfig(StageConfig):
     """Training of the judge, on pictures of its own."""
@@ -128,6 +131,8 @@ def judge_pictures(model: ResNetForImageClassification, images: Tensor, batch_si
     return Verdict(*(torch.cat(part) for part in zip(*verdicts, strict=True)))
 
 # %% ../../nbs/miniature/25_judge.ipynb #4039c2b1
+#| code-fold: true
+#| code-summary: "load_judge: a judge from a folder, or an error that names the folder"
 def load_judge(folder: str | Path) -> ResNetForImageClassification:
     """Read a judge in 32 bits; raises InputError naming a folder that holds none."""
     fault = InputError(f"{folder}: holds no judge that can be read; train one with the stage `judge`")
@@ -140,6 +145,8 @@ def load_judge(folder: str | Path) -> ResNetForImageClassification:
     return load_part(ResNetForImageClassification, folder, "train one with the stage `judge`")
 
 # %% ../../nbs/miniature/25_judge.ipynb #62786acc
+#| code-fold: true
+#| code-summary: "JudgeEncoder: features of pictures"
 class JudgeEncoder:
     """The independent judge's features: it has never seen the CLIP that tells the miniature what to draw."""
 
@@ -149,3 +156,14 @@ class JudgeEncoder:
     def __call__(self, images: Tensor) -> Tensor:
         """Features of pictures: uint8 (N, 3, H, W) -> (N, 128)."""
         return judge_pictures(self.model, check_images(images)).features
+
+# %% ../../nbs/miniature/25_judge.ipynb #cf01db55
+def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Between which shares the true one lies, if `right` of `total` independent trials were right.
+
+    z: standard errors on either side; 1.96 for 95 % confidence. Source: Wilson 1927, Probable inference.
+    """
+    share = right / total
+    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    low, high = ((share + z**2 / (2 * total) + side * half) / (1 + z**2 / total) for side in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)

@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..diffusion.noise import denoising_loss, noise_batch
-from ..diffusion.sampling import make_sampler
+from ..diffusion.targets import denoising_loss, noise_batch
+from ..diffusion.samplers import make_sampler
 from ..engine.checkpoints import atomic_folder, load_part
 from ..engine.config import option, require
 from ..engine.optimization import make_optimizer
@@ -47,7 +47,7 @@ def latent_set(vae: AutoencoderKL, images: CaptionedSet) -> TensorDataset:
     pixels = torch.as_tensor(images.pixels)
     moments = torch.cat([encode_moments(vae, pixels), encode_moments(vae, pixels.flip(-1))])
     encoded = TensorDataset(moments, images.attributes.repeat(2, 1))
-    # What a resumed run compares: the pictures and the weights that encode them, not numbers that are rounded.
+    # What a resumed run compares: the pictures and the weights that encode them, not rounded values.
     encoded.fingerprint = f"{images.fingerprint} {weights_fingerprint(vae.encoder, vae.quant_conv)}"
     return encoded
 
@@ -59,7 +59,7 @@ def make_latent_scheduler() -> DDPMScheduler:
 
 # %% ../../nbs/miniature/24_latent_diffusion.ipynb #ec077d74
 def make_text_unet(seed: int = 0) -> UNet2DConditionModel:
-    """Stable Diffusion's UNet, small, with new random weights: latents of 16 x 16, words heard at 8 x 8 and 4 x 4."""
+    """Stable Diffusion's UNet, small, with new random weights: latents of 16 x 16, text attended to at 8 and 4."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DConditionModel(
@@ -69,11 +69,13 @@ def make_text_unet(seed: int = 0) -> UNet2DConditionModel:
             cross_attention_dim=MINIATURE_TEXT_WIDTH, attention_head_dim=4, norm_num_groups=16)
 
 # %% ../../nbs/miniature/24_latent_diffusion.ipynb #e0fec75e
+#| code-fold: true
+#| code-summary: "load_unet: read a UNet to train on from"
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
     """A UNet to train on from, in 32 bits; raises InputError naming a folder that cannot be read."""
     return load_part(UNet2DConditionModel, folder, "name the folder of a UNet2DConditionModel")
 
-
+# %% ../../nbs/miniature/24_latent_diffusion.ipynb #b8256fe0
 def make_pipeline(
     vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel,
     noise_scheduler: DDPMScheduler,
@@ -86,6 +88,8 @@ def make_pipeline(
     return pipeline
 
 # %% ../../nbs/miniature/24_latent_diffusion.ipynb #2b36c1c9
+#| code-fold: true
+#| code-summary: "DiffusionConfig: the settings of this stage"
 @dataclass
 class DiffusionConfig(StageConfig):
     """Training of the text-conditioned UNet on latents."""
@@ -108,6 +112,8 @@ class DiffusionConfig(StageConfig):
         require(0 <= self.empty_captions <= 1, "empty_captions", self.empty_captions, "must lie between 0 and 1")
 
 # %% ../../nbs/miniature/24_latent_diffusion.ipynb #41f8db5b
+#| code-fold: true
+#| code-summary: "WATCHED_PROMPTS and look_at_samples: draw them every thousand steps"
 # What is watched while the UNet learns: sixteen of the triples that training never shows.
 WATCHED_PROMPTS = tuple(caption(*triple) for triple in (*HELD_OUT[0::5], *HELD_OUT[2::5]))
 
@@ -124,7 +130,7 @@ def look_at_samples(run: Run, config: DiffusionConfig, pipeline: StableDiffusion
 
 # %% ../../nbs/miniature/24_latent_diffusion.ipynb #d6dc8ba1
 def train_diffusion(config: DiffusionConfig) -> list[float]:
-    """Train the UNet on the latents of the model folder's autoencoder, told by its CLIP; returns the losses."""
+    """Train the UNet on the latents of the model folder's autoencoder, conditioned by its CLIP; returns the losses."""
     config = config.resolve()
     vae, text_encoder, tokenizer = load_frozen_parts(config.model_dir)
     model = load_unet(config.start_from) if config.start_from else make_text_unet(config.seed)
@@ -146,7 +152,7 @@ def train_diffusion(config: DiffusionConfig) -> list[float]:
                     said = say_some(attributes, run.generator, config.empty_captions)
                     noised = noise_batch(latents, noise_scheduler, run.generator, snr_gamma=config.snr_gamma)
                     prediction = run.prepared["unet"](noised.noisy_images, noised.timesteps, sentences[said.rows],
-                                           return_dict=False)[0]
+                                                     return_dict=False)[0]
                     run.backward(denoising_loss(prediction, noised.target, noised.weights))
                     run.step()
                 look_at_samples(run, config, pipeline)

@@ -16,7 +16,8 @@ from accelerate.utils import extract_model_from_parallel
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from ..diffusion.sampling import evaluating, make_sampler
+from ..diffusion.samplers import make_sampler
+from ..diffusion.sampling import evaluating
 from ..engine.config import require
 from ..engine.precision import Phase, PrecisionPlan
 from .latents import pictures_at_once
