@@ -295,3 +295,18 @@ def test_the_index_says_the_minutes_that_the_lesson_says():
 def test_the_index_names_every_lesson():
     text = index_text()
     assert [path.name for path in PATHS if path.relative_to(NBS).as_posix() not in text] == []
+
+
+def test_the_glossary_is_sorted_and_leads_to_lessons_that_use_the_word():
+    text = (NBS / "glossary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+?) \| [^|]+? \| ([^|]+) \|$", text, re.MULTILINE)
+    rows = [(word, links) for word, links in rows if word not in ("word", "---")]
+    assert len(rows) > 40
+    names = [re.sub(r"[^a-z ]", "", word.lower()) for word, _ in rows]
+    assert names == sorted(names)
+    for word, links in rows:
+        named = re.split(r"[,(]", word.replace("$\\epsilon$", ""))[0].strip().lower()
+        found = re.findall(r"\]\(([^)]+)\)", links)
+        assert found and all((NBS / address).is_file() for address in found), word
+        said = " ".join("\n".join(prose(Path(address).stem)).lower() for address in found)
+        assert named in " ".join(said.split()), f"{found} say nothing of {named}"
