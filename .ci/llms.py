@@ -13,12 +13,20 @@ from links import ROOT, settings
 HEAD = re.compile(r"^# (.+?)\s*\n+> (.+?)\s*$", re.MULTILINE)
 
 
-def entry(notebook: Path, folder: Path, site: str) -> str:
+def head(page: Path) -> tuple[str, str]:
+    """Title and description of a notebook, or of a page in Markdown."""
+    if page.suffix == ".md":
+        matter = yaml.safe_load(page.read_text(encoding="utf-8").split("---")[1])
+        return matter["title"], matter["description"]
+    prose = (cell.source for cell in nbformat.read(page, as_version=4).cells if cell.cell_type == "markdown")
+    return HEAD.search("\n\n".join(prose)).groups()
+
+
+def entry(page: Path, folder: Path, site: str) -> str:
     """One line: number and title, the address of the page as Markdown, the description."""
-    prose = (cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "markdown")
-    title, description = HEAD.search("\n\n".join(prose)).groups()
-    number, name = re.fullmatch(r"(?:(\d\d)_)?(\w+)", notebook.stem).groups()
-    address = f"{site}/{notebook.parent.relative_to(folder).as_posix()}/{name}.html.md".replace("/./", "/")
+    title, description = head(page)
+    number, name = re.fullmatch(r"(?:(\d\d)_)?(\w+)", page.stem).groups()
+    address = f"{site}/{page.parent.relative_to(folder).as_posix()}/{name}.html.md".replace("/./", "/")
     return f"- [{number} · {title}]({address}): {description}".replace("[None · ", "[")
 
 
