@@ -188,7 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", help="default: all of nbs/")
     parser.add_argument("--check", action="store_true", help="run copies; leave the notebooks as they are")
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for one notebook")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one notebook")
     parser.add_argument("--jobs", type=int, default=1, help="lessons at a time; they share the cores")
     parser.add_argument("--slow", action="store_true", help="run the cells flagged slow as well")
     options = parser.parse_args()
