@@ -46,6 +46,8 @@ def instance_source(name: str, size: int) -> Source:
     return folder_source(name, flag="instance_data_dir", splits=False)
 
 # %% ../../nbs/dreambooth/30_subject.ipynb #20822de0
+#| code-fold: true
+#| code-summary: "pictures upright, in RGB, their shorter side as long as wanted"
 DECODE_FACTOR = 4  # a large JPEG may be decoded at a half or a quarter, but not below so many times the resolution
 RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST, **{each.name.lower(): each for each in Image.Resampling}}
 
@@ -131,6 +133,8 @@ def encoded_pairs(vae: AutoencoderKL, groups: Sequence[Sequence[np.ndarray]], si
     return EncodedPairs(*(each[torch.arange(length) % len(each)] for each in moments))
 
 # %% ../../nbs/dreambooth/30_subject.ipynb #2e97e8ea
+#| code-fold: true
+#| code-summary: "the identifier, and what is wrong with it"
 # One token each in CLIP's vocabulary, all among its last 1600 of 49,408, where the rarest stand.
 RARE_WORDS = ("sks", "ohwx", "phol", "kprc", "olis", "rimo")
 
@@ -237,6 +241,8 @@ class SubjectData(NamedTuple):
         return scaled_latents(stored, self.vae.config.scaling_factor, generator)
 
 # %% ../../nbs/dreambooth/30_subject.ipynb #cdcbc4b2
+#| code-fold: true
+#| code-summary: "the parts put together, with a fingerprint"
 def pictures_fingerprint(groups: Sequence[Sequence[np.ndarray]]) -> str:
     """A hash of all pixels: equal for equal pictures in equal order and groups."""
     digest = hashlib.blake2b(digest_size=8)
