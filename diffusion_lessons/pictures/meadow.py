@@ -37,6 +37,8 @@ def caption(colour: str, kind: str, place: str) -> str:
     return f"a photo of a {colour} {kind} on {place}"
 
 # %% ../../nbs/butterflies/10_meadow.ipynb #c20f2a0f
+#| code-fold: true
+#| code-summary: "what lies in a place: a ridge, grass, firs, clouds and the like"
 ACROSS = np.linspace(-.05, 1.05, 48)
 
 
@@ -77,6 +79,8 @@ def snow_shapes(rng: np.random.Generator) -> list[Shape]:
     return shapes + [(disc(flake, rng.uniform(.008, .016)), (255, 255, 255)) for flake in flakes]
 
 # %% ../../nbs/butterflies/10_meadow.ipynb #887b7081
+#| code-fold: true
+#| code-summary: "the six places"
 def sand_shapes(rng: np.random.Generator) -> list[Shape]:
     """Dunes with short ripples, pebbles, and a starfish."""
     shapes = []
