@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from noised import SHAPES, batch, generator
 
 from diffusion_lessons.diffusion.noise import (
     add_noise,
@@ -15,18 +16,6 @@ from diffusion_lessons.diffusion.noise import (
     scales_at,
 )
 from diffusion_lessons.diffusion.targets import BETA_SCHEDULES
-
-SHAPES = {"pictures": (6, 3, 8, 8), "latents": (6, 4, 5, 7), "vectors": (6, 9)}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def batch(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    clean = torch.rand(shape, generator=generator(1)) * 2 - 1
-    noise = torch.randn(shape, generator=generator(2))
-    return clean, noise, torch.tensor([0, 1, 50, 400, 998, 999])
 
 
 @pytest.mark.parametrize("num_steps", [1000, 100, 7])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from noised import SHAPES, batch, generator
 
 from diffusion_lessons.diffusion.noise import add_noise, alphas_cumprod_for
 from diffusion_lessons.diffusion.targets import (
@@ -24,17 +25,6 @@ from diffusion_lessons.diffusion.targets import (
 from diffusion_lessons.engine.config import InputError
 
 EVERY = torch.arange(1000)
-SHAPES = {"pictures": (6, 3, 8, 8), "latents": (6, 4, 5, 7), "vectors": (6, 9)}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def batch(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    clean = torch.rand(shape, generator=generator(1)) * 2 - 1
-    noise = torch.randn(shape, generator=generator(2))
-    return clean, noise, torch.tensor([0, 1, 50, 400, 998, 999])
 
 
 @pytest.mark.parametrize("num_steps", [1000, 100, 7])
