@@ -296,3 +296,10 @@ assert "diffusers" not in sys.modules, "diffusers was imported"
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_submodule_is_imported_without_the_rooms_behind_the_door():
+    """Python asks the package's `__getattr__` for `config` before it looks for the file."""
+    code = "import sys; from diffusion_lessons.butterflies import config; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

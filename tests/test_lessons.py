@@ -13,9 +13,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffusion_lessons.pictures import meadow
-from diffusion_lessons.pictures.figures import make_grid
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / ".ci"))
 from claims import uncovered
@@ -183,7 +180,6 @@ def test_an_exercise_has_a_folded_solution_and_a_check(name):
         assert asked, f"the question names what the check looks at: {question.source}"
 
 
-# Lessons whose figures do not all say yet what is to be seen on them. A lesson that is reworked leaves this list.
 @each_lesson
 def test_figures_say_in_words_what_is_to_be_seen(name):
     """`#| fig-alt: "..."` is read aloud in the place of the picture; YAML has to be able to read it."""
@@ -250,6 +246,9 @@ def test_a_number_in_prose_is_computed_printed_or_sourced(name):
 
 def test_a_stored_grid_keeps_the_colours_of_each_picture():
     """Chosen by how often they occur, 256 colours would make the one orange fish among 24 pictures a yellow one."""
+    from diffusion_lessons.pictures import meadow  # here, since nothing else in this file needs the package
+    from diffusion_lessons.pictures.figures import make_grid
+
     rows = meadow.scenes(24, 64, seed=0)
     grid = make_grid([row["image"] for row in rows], 4, 6).resize((768, 512), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

@@ -4,12 +4,15 @@ Names are looked up when they are first used, so that whoever needs a config alo
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    rooms = () if name.startswith("__") else (".training", ".command")
-    for room in (import_module(each, __name__) for each in rooms):
-        if hasattr(room, name):
-            return getattr(room, name)
+    # Python asks for a submodule here first: `from ... import config` must not load the rooms.
+    if not name.startswith("__") and find_spec(f"{__name__}.{name}") is None:
+        for room in (".training", ".command"):
+            module = import_module(room, __name__)
+            if hasattr(module, name):
+                return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
