@@ -76,8 +76,8 @@ wheel: $(INSTALLED_DEV)  ## step: build the wheel and train five steps with it, 
 	$(BIN)/python .ci/wheel.py
 
 .PHONY: pytest
-pytest: $(INSTALLED_DEV)  ## step: pytest; choose with PYTEST_ARGS="-k name"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+pytest: $(INSTALLED_DEV)  ## step: pytest, two files at a time; choose with PYTEST_ARGS="-k name"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(INSTALLED_DEV)  ## the tests that take minutes each

@@ -31,8 +31,8 @@ PAGE = measuring.ROOT / "nbs" / "dreambooth" / "ablations.md"  # of the site, be
 PARENT = "ABLATIONS_PARENT"  # in the environment of a worker: the process that started it
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; with --tiny, results go into the folder and not to the others."""
+def arguments() -> argparse.ArgumentParser:
+    """What the command line may say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subjects", nargs="+", type=int, default=SUBJECTS, metavar="SEED",
                         help="seeds of the subjects (default: %(default)s)")  # fmt: skip
@@ -49,6 +49,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                                      "is a page of the site")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a few steps and pictures; the numbers mean nothing")
     parser.add_argument("--eye", choices=EYES, default=EYES[0], help="what tells individuals apart; judge: a stand-in")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; with --tiny, results go into the folder and not to the others."""
+    parser = arguments()
     words = parser.parse_args(argv)
     if words.workers < 1:
         parser.error(f"--workers {words.workers}: must be 1 or more")
