@@ -18,18 +18,19 @@ ELSEWHERE = re.compile(
     r"Python|Stable Diffusion|SD|CUDA|pages?|exercises?)\s+\d[\d.,]*(?:(?:\s+to\s+|,\s+|\s+and\s+|\s+or\s+)\d[\d.]*)*",
     re.DOTALL | re.MULTILINE,
 )
-SOURCE = re.compile(r"\b(?:et al\.|\(?(?:19|20)\d\d\b|says its|model card|published|guide|script|paper)")
+# A year is one where a name or a month stands before it: "Kingma and Welling 2013", not "after 2000 steps".
+SOURCE = re.compile(r"\b(?:et al\b|[A-Z]\w+ (?:19|20)\d\d\b|says its|model card|published|guide|script|paper)")
 
 
 def plain(number: str) -> str:
     """A number as it would be written in code: 65,536 is 65536, 30.0 is 30."""
-    text = number.replace(",", "")
+    text = re.sub("[,_]", "", number)
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def numbers_of(text: str) -> set[str]:
     """All numbers of a text; of a share also its percentage, of a value its rounded ones."""
-    found = {plain(each) for each in re.findall(r"\d[\d,_]*(?:\.\d+)?", text.replace("_", ""))}
+    found = {plain(each) for each in re.findall(r"\d{1,3}(?:[,_]\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?", text)}
     for each in list(found):
         value = float(each)
         found |= {plain(f"{value:.{places}f}") for places in (0, 1, 2)}
@@ -49,7 +50,7 @@ def uncovered(path: Path) -> list[tuple[str, str]]:
     for cell in cells:
         if cell.cell_type != "markdown":
             continue
-        sourced = re.sub(r"`benchmarks/[^`]*`", "published", cell.source)
+        sourced = re.sub(r"`benchmarks/[^`]*`", "published", cell.source).replace("et al.", "et al")
         text = ELSEWHERE.sub(" ", re.sub(r"\[(?:\d\d\]|([^\]]*)\])\([^)]*\)", r"\1", sourced))
         for sentence in re.split(r"(?<=[.:;?!])\s+|\n\s*\n", text):
             if SOURCE.search(sentence):

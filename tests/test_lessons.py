@@ -244,6 +244,20 @@ def test_a_number_in_prose_is_computed_printed_or_sourced(name):
     assert uncovered(PLACES[name]) == []
 
 
+@pytest.mark.parametrize(("sentence", "found"), [
+    ("It falls to 1632 after 2000 steps.", ["1632", "2000"]),  # (16, 32) is not 1632, nor 2000 a year
+    ("Kingma and Welling 2013 call it 7777.", []),
+    ("So says Hang et al. 2023, with 7777.", []),
+    ("The sum is 65,536, the share 12.5 percent.", []),
+])  # fmt: skip
+def test_the_search_for_numbers_knows_years_and_pairs(sentence, found, tmp_path):
+    lesson = nbformat.v4.new_notebook()
+    code = nbformat.v4.new_code_cell("channels = (16,32)\nsum_of_all = 65_536\nshare = 0.125")
+    lesson.cells = [code, nbformat.v4.new_markdown_cell(sentence)]
+    nbformat.write(lesson, tmp_path / "lesson.ipynb")
+    assert [number for number, _ in uncovered(tmp_path / "lesson.ipynb")] == found
+
+
 def test_a_stored_grid_keeps_the_colours_of_each_picture():
     """Chosen by how often they occur, 256 colours would make the one orange fish among 24 pictures a yellow one."""
     from diffusion_lessons.pictures import meadow  # here, since nothing else in this file needs the package
