@@ -99,7 +99,7 @@ def read_config(path: Path, said: str) -> dict[str, Any]:
     return content
 
 # %% ../../nbs/workshop/95_networks.ipynb #1ab69927
-def read_unet_config(name_or_path: str, known: Collection[str] = ()) -> dict[str, Any]:
+def read_unet_config(name_or_path: str, known: Collection[str]) -> dict[str, Any]:
     """The config behind a folder or config.json, a pipeline's folder, or a Hub id, checked by `check_unet`.
 
     Args:
