@@ -36,6 +36,7 @@ from diffusion_lessons.dreambooth.loading import (
     loading_of,
     rename_for,
     run_config,
+    same_weights,
     save_as_model,
 )
 from diffusion_lessons.dreambooth.training import train
@@ -638,3 +639,12 @@ def test_weights_of_either_naming_fit_a_model_of_either(stored, wanted):
     model.load_state_dict(rename_for(file, model))
     for one, other in zip(file.values(), model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_weights_are_the_same_to_the_bit_or_not():
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    other.load_state_dict(one.state_dict())
+    assert same_weights(one, other)
+    with torch.no_grad():
+        other.bias[1] = torch.nextafter(other.bias[1], torch.tensor(9.0))
+    assert not same_weights(one, other)

@@ -11,7 +11,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.models import alexnet
 from transformers import AutoImageProcessor, ResNetModel, ViTConfig, ViTImageProcessor, ViTModel
 
-from diffusion_lessons import miniature
+from diffusion_lessons import metrics, miniature
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.metrics import (
     CLIPEncoder,
@@ -20,6 +20,7 @@ from diffusion_lessons.metrics import (
     cosine_similarities,
     diversity,
     kernel_distance,
+    likeness,
     lpips,
     perceptual_distances,
     prior_preservation,
@@ -31,6 +32,7 @@ from diffusion_lessons.miniature.clip import make_clip, make_image_processor, si
 from diffusion_lessons.miniature.judge import JudgeEncoder, make_judge
 from diffusion_lessons.pictures.batches import check_images
 from diffusion_lessons.pictures.meadow import COLOURS, KINDS, PLACES, draw_scene, draw_subject
+from diffusion_lessons.stable_diffusion import encoders
 from diffusion_lessons.stable_diffusion.folder import shipped
 
 
@@ -466,6 +468,18 @@ def at(*points: tuple[int, int]) -> torch.Tensor:
     images = torch.zeros(len(points), 3, 2, 2, dtype=torch.uint8)
     images[:, :2] = torch.tensor(points, dtype=torch.uint8)[:, :, None, None]
     return images
+
+
+def test_likeness_is_the_fidelity_of_what_an_encoder_says():
+    generated, real = at((1, 0), (0, 1)), at((1, 0), (1, 1), (0, 7))
+    by_hand = (1 + math.sqrt(.5) + 0 + 0 + math.sqrt(.5) + 1) / 6
+    assert likeness(generated, real, two_numbers) == pytest.approx(by_hand, rel=1e-6)
+    assert likeness(generated, real, lambda images: 3 * two_numbers(images)) == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_encoders_and_distances_are_had_from_the_metrics_too():
+    assert set(encoders.__all__) <= set(metrics.__all__)
+    assert all(getattr(metrics, name) is getattr(encoders, name) for name in encoders.__all__)
 
 
 def test_kid_by_hand():

@@ -39,6 +39,8 @@ from ..stable_diffusion.folder import shipped
 from ..stable_diffusion.latents import weights_fingerprint
 
 # %% ../../nbs/miniature/27_eye.ipynb #c2015af5
+#| code-fold: true
+#| code-summary: "lookalikes: a group of different butterflies that agree in colours, in marks, or in being natural"
 def lookalikes(rng: np.random.Generator, number: int = 4) -> list[Look]:
     """Different butterflies that are easily confused: natural ones of a colour, or unusual ones that share it or marks.
 
@@ -61,6 +63,8 @@ def lookalikes(rng: np.random.Generator, number: int = 4) -> list[Look]:
             for names, each in zip(colours, marks, strict=True)]
 
 # %% ../../nbs/miniature/27_eye.ipynb #e103b4dd
+#| code-fold: true
+#| code-summary: "portrait: such a butterfly in a new pose, somewhere in a place of the meadow"
 def portrait(look: Look, place: str, size: int, rng: np.random.Generator, strange: float = 0.0) -> np.ndarray:
     """One butterfly in a new pose, somewhere in a place: uint8 (3, size, size).
 
@@ -89,6 +93,8 @@ class Triples(NamedTuple):
     stranger: Tensor  # a lookalike in the same place and light as the first
 
 # %% ../../nbs/miniature/27_eye.ipynb #26afc8b2
+#| code-fold: true
+#| code-summary: "draw_triples: lookalikes in random places, poses and lights"
 def draw_triples(number: int, seed: int, *, size: int = 64, places: tuple[str, ...] = PLACES) -> Triples:
     """Triples of lookalikes that no training has seen, for seeds other than a training's.
 
@@ -123,6 +129,8 @@ def recoloured(ground: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
 
 # %% ../../nbs/miniature/27_eye.ipynb #7d562fdb
+#| code-fold: true
+#| code-summary: "render_groups: four lookalikes, ten views each, the same view of all in the same place"
 KNOWN_PLACES = tuple(place for place in PLACES if place != "sea")  # at sea the eye is examined, and never trained
 
 
@@ -170,6 +178,8 @@ def eye_features(model: ResNetModel, images: Tensor) -> Tensor:
     return F.normalize(model(larger).pooler_output.flatten(1).float(), dim=1)
 
 # %% ../../nbs/miniature/27_eye.ipynb #2a629631
+#| code-fold: true
+#| code-summary: "pick_views: the same views of everybody in a group"
 def pick_views(groups: Tensor, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Some views of every individual in a batch of groups, the same ones within a group, and who is on each.
 
@@ -182,6 +192,8 @@ def pick_views(groups: Tensor, number: int, generator: torch.Generator) -> tuple
     return picked.flatten(0, 2), individuals
 
 # %% ../../nbs/miniature/27_eye.ipynb #4ea7b62d
+#| code-fold: true
+#| code-summary: "EyeConfig: seed, pictures, steps, learning rate, temperature"
 @dataclass
 class EyeConfig(StageConfig):
     """Training of the eye, on individuals of its own."""
@@ -204,6 +216,8 @@ class EyeConfig(StageConfig):
         require(not self.use_ema, "use_ema", True, "batch norms have no average to go with it; leave it out")
 
 # %% ../../nbs/miniature/27_eye.ipynb #a140aa34
+#| code-fold: true
+#| code-summary: "eye_set: the groups, a fifth of the views through the autoencoder"
 def eye_set(config: EyeConfig) -> TensorDataset:
     """The groups that a run learns from; a fifth of the views has been through the model folder's autoencoder."""
     vae = load_autoencoder(config.model_dir)  # first: a folder without one is named before anything is drawn
@@ -215,6 +229,8 @@ def eye_set(config: EyeConfig) -> TensorDataset:
     return dataset
 
 # %% ../../nbs/miniature/27_eye.ipynb #ce7aa11a
+#| code-fold: true
+#| code-summary: "make_eye_processor: for those who load the eye with transformers"
 def make_eye_processor() -> ViTImageProcessor:
     """The processor that brings pictures to the eye's size and range, for those who load it with transformers."""
     return ViTImageProcessor(size={"height": EYE_SIZE, "width": EYE_SIZE}, resample=Image.Resampling.BILINEAR,
@@ -246,6 +262,8 @@ def train_eye(config: EyeConfig) -> list[float]:
     return run.losses
 
 # %% ../../nbs/miniature/27_eye.ipynb #79667305
+#| code-fold: true
+#| code-summary: "load_eye: the shipped one, or another"
 def load_eye(folder: str | Path | None = None) -> ResNetModel:
     """The shipped eye, or another one, in 32 bits; raises InputError naming a folder that holds none."""
     return load_part(ResNetModel, shipped("eye") if folder is None else folder, "train one with the stage `eye`")
@@ -266,6 +284,8 @@ class EyeEncoder:
                               for batch in check_images(images).split(128)])
 
 # %% ../../nbs/miniature/27_eye.ipynb #4ff239cc
+#| code-fold: true
+#| code-summary: "examine: the share of triples that an encoder gets right, of each sort"
 def examine(encode: Callable[[Tensor], Tensor], vae: AutoencoderKL, number: int = 1000, seed: int = 1
             ) -> dict[str, float]:
     """The share of so many triples that an encoder gets right: as drawn, asked at sea, and through an autoencoder."""
