@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffusion_lessons import miniature
+from diffusion_lessons.dreambooth.adapters import AdapterFile
 from diffusion_lessons.dreambooth.class_images import GENERATED_NAME
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.loop import dreambooth_loop
-from diffusion_lessons.dreambooth.lora import AdapterFile
 from diffusion_lessons.dreambooth.memory import networks_of
 from diffusion_lessons.dreambooth.subject import pictures_fingerprint
 from diffusion_lessons.dreambooth.training import choose_loss, gather

@@ -13,7 +13,7 @@ import torch
 
 from diffusion_lessons.dreambooth.config import OFFLOADING, DreamBoothConfig
 from diffusion_lessons.dreambooth.memory import estimate
-from diffusion_lessons.dreambooth.training import measure_run
+from diffusion_lessons.dreambooth.preparation import measure_run
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.engine.devices import xformers_fault
 from diffusion_lessons.engine.optimizers import check_optimizer

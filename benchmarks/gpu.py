@@ -270,7 +270,7 @@ def shape(bench: Bench) -> None:
     """Piece b: real micro-steps, with and without gradient checkpointing; then, as far as time is left, estimates."""
     import torch
 
-    from diffusion_lessons.dreambooth.training import measure_run
+    from diffusion_lessons.dreambooth.preparation import measure_run
 
     rows: list[dict[str, Any]] = []
     runs = list(itertools.product(MODES, (False, True)))

@@ -23,6 +23,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import diffusion_lessons.butterflies.command as command
 import diffusion_lessons.butterflies.training as butterflies
 import diffusion_lessons.engine.publishing as publishing
+import diffusion_lessons.engine.run as run_room
 from diffusion_lessons.butterflies.command import build_model, check_before_work, dry_run, load_data, main
 from diffusion_lessons.butterflies.config import TrainingConfig
 from diffusion_lessons.butterflies.training import evaluate, train_loop
@@ -278,6 +279,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 import diffusion_lessons.engine.publishing as publishing
+import diffusion_lessons.engine.run as run_room
 from diffusion_lessons.butterflies.command import main
 
 class Hub:
@@ -385,7 +387,7 @@ def test_xformers_is_switched_on_for_the_network_only_when_asked(tmp_path, monke
     assert not switched
     model, _ = build_model(a_config(tmp_path, enable_xformers_memory_efficient_attention=True))
     assert switched == [model]
-    monkeypatch.setattr(command, "check_xformers", lambda: switched.append("tried"))
+    monkeypatch.setattr(run_room, "check_xformers", lambda: switched.append("tried"))
     check_before_work(a_config(tmp_path / "run", enable_xformers_memory_efficient_attention=True))
     assert switched == [model, "tried"], "a network without numbers is not asked"
 

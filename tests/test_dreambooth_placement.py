@@ -8,7 +8,7 @@ import torch
 from dreambooth_runs import CLASS, SMALL, SUBJECT, class_folder, prior_words, subject_folder
 
 from diffusion_lessons import miniature
-from diffusion_lessons.dreambooth import class_images, fidelity, loop, training
+from diffusion_lessons.dreambooth import class_images, fidelity, loop, preparation, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.memory import precision_plan
 from diffusion_lessons.dreambooth.training import train
@@ -201,7 +201,7 @@ def test_a_pipeline_whose_formats_fit_is_used_as_it_is():
 def test_prior_pictures_are_not_drawn_where_none_is_missing(pictures, tmp_path, monkeypatch):
     """Then no second model is loaded either."""
     loaded = []
-    monkeypatch.setattr(training, "load_model", lambda config, folder, plan, phase, real=training.load_model: (
+    monkeypatch.setattr(preparation, "load_model", lambda config, folder, plan, phase, real=preparation.load_model: (
         loaded.append(phase), real(config, folder, plan, phase))[1])
     class_folder(tmp_path / "class", 2)
     train(config(pictures, tmp_path / "run", max_train_steps=1, **prior_words(tmp_path / "class", 2)))
@@ -211,7 +211,8 @@ def test_prior_pictures_are_not_drawn_where_none_is_missing(pictures, tmp_path, 
 def test_a_run_looks_its_model_up_once(pictures, tmp_path, monkeypatch):
     """A Hub id may mean other files a minute later: what draws the class images is what is trained."""
     found, real = [], training.find_model
-    monkeypatch.setattr(training, "find_model", lambda *args: found.append(real(*args)) or found[-1])
+    for room in (training, preparation):
+        monkeypatch.setattr(room, "find_model", lambda *args: found.append(real(*args)) or found[-1])
     monkeypatch.setattr(class_images, "draw", lambda *args, **settings: draw(
         *args, **settings | {"num_inference_steps": 1, "size": 32}))
     train(config(pictures, tmp_path / "run", max_train_steps=1, **prior_words(tmp_path / "class", 2)))

@@ -11,6 +11,7 @@ from runs import words
 from diffusion_lessons.butterflies.command import main
 from diffusion_lessons.butterflies.config import TrainingConfig
 from diffusion_lessons.dreambooth import training as dreambooth
+from diffusion_lessons.dreambooth.preparation import disk_needed
 from diffusion_lessons.engine.checkpointer import check_resume, space_note
 from diffusion_lessons.engine.config import InputError, RunConfig
 from diffusion_lessons.engine.precision import choose_precision
@@ -150,7 +151,7 @@ def test_the_room_that_is_asked_for_is_about_what_is_written(tmp_path):
     assert dreambooth.main(given) == 0
     config = json.loads((folder / "training_config.json").read_text())
     config = dreambooth.DreamBoothConfig(**config).resolve()
-    checkpoint, model = dreambooth.disk_needed(config, dreambooth.find_model("miniature"))
+    checkpoint, model = disk_needed(config, dreambooth.find_model("miniature"))
 
     def size(path):
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

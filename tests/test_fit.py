@@ -8,7 +8,7 @@ import torch
 from dreambooth_runs import class_folder, dreambooth_words, prior_words, subject_folder
 from test_memory_estimate import SHAPES
 
-from diffusion_lessons.dreambooth import fit
+from diffusion_lessons.dreambooth import fit, preparation
 from diffusion_lessons.dreambooth import training as dreambooth
 from diffusion_lessons.dreambooth.config import RECIPES, DreamBoothConfig
 from diffusion_lessons.dreambooth.fit import (
@@ -117,8 +117,8 @@ def test_a_card_has_what_it_has_within_the_bound_of_the_process(fraction, own, e
 def test_a_run_that_cannot_fit_ends_before_anything_is_read(tmp_path, monkeypatch, capsys, by_invention):
     subject_folder(tmp_path / "subject")
     monkeypatch.setattr(dreambooth, "card_memory", lambda device: CardMemory(8.0, 7.0))
-    for name in ("network_fingerprints", "load_pipeline"):
-        monkeypatch.setattr(dreambooth, name, lambda *_, **__: pytest.fail("weights were read"))
+    for room, name in ((dreambooth, "network_fingerprints"), (preparation, "load_pipeline")):
+        monkeypatch.setattr(room, name, lambda *_, **__: pytest.fail("weights were read"))
     assert dreambooth.main(dreambooth_words(tmp_path / "subject", tmp_path / "run")) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("train-dreambooth: memory: this run needs about 14.0 GiB to train") and "\n" not in said

@@ -25,8 +25,8 @@ from diffusion_lessons.dreambooth.memory import (
     precision_plan,
 )
 from diffusion_lessons.dreambooth.on_paper import Calls, LiveBytes, OnPaper, on_paper, peak_of_call
+from diffusion_lessons.dreambooth.preparation import disk_needed
 from diffusion_lessons.dreambooth.subject import load_subject
-from diffusion_lessons.dreambooth.training import disk_needed
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.engine.devices import forget_accelerator, make_accelerator
 from diffusion_lessons.engine.optimization import (

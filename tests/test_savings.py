@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 from diffusion_lessons.butterflies.command import main as train_butterflies
-from diffusion_lessons.dreambooth import training
+from diffusion_lessons.dreambooth import preparation
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.memory import choose_models, precision_plan
+from diffusion_lessons.dreambooth.preparation import disk_needed, load_for_training, model_notes
 from diffusion_lessons.dreambooth.subject import instance_source, read_pictures
-from diffusion_lessons.dreambooth.training import disk_needed, load_for_training, main, model_notes
+from diffusion_lessons.dreambooth.training import main
 from diffusion_lessons.engine import devices, optimizers
 from diffusion_lessons.engine.checkpointer import ModelFolders
 from diffusion_lessons.engine.config import InputError, RunConfig
@@ -186,7 +187,7 @@ def test_what_cannot_work_is_answered_before_anything_is_loaded(chosen, reasons,
     found = importlib.util.find_spec
     missing = ("bitsandbytes", "torchao", "xformers")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in missing else found(name))
-    monkeypatch.setattr(training, "find_model", lambda *_: pytest.fail("a model was looked for"))
+    monkeypatch.setattr(preparation, "find_model", lambda *_: pytest.fail("a model was looked for"))
     assert main(dreambooth_words("meadow", tmp_path / "run", **chosen)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
     assert all(reason in line for reason in reasons), line

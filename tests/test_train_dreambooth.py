@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from diffusion_lessons import miniature
 from diffusion_lessons.diffusion.samplers import make_sampler
 from diffusion_lessons.diffusion.targets import denoising_loss
-from diffusion_lessons.dreambooth import class_images, fidelity, loop, training
+from diffusion_lessons.dreambooth import class_images, fidelity, loop, preparation, training
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.fidelity import (
     encoder_key,
@@ -383,7 +383,7 @@ def test_a_dry_run_times_whole_steps(pictures, tmp_path, monkeypatch):
         timed.append(state.accelerator.gradient_accumulation_steps)
         return 2.0
 
-    monkeypatch.setattr(training, "seconds_per_micro_step", two_seconds)
+    monkeypatch.setattr(preparation, "seconds_per_micro_step", two_seconds)
     chosen = config(pictures, tmp_path / "run", gradient_accumulation_steps=3, max_train_steps=10, lora=True)
     assert "about 1.0 minutes (2.000 s a micro-step" in dry_run(chosen), "30 micro-steps"
     assert timed == [1], "each micro-step is timed with its update"

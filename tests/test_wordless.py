@@ -27,6 +27,7 @@ from diffusion_lessons.diffusion.pipelines import load_unconditional, read_uncon
 from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import UNETS, make_unet
 from diffusion_lessons.dreambooth.inference import main as generate_images
+from diffusion_lessons.engine import run as run_room
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.pictures.sets import make_dataloader
 
@@ -365,7 +366,7 @@ def test_the_check_before_the_work_reads_no_weights(tmp_path, monkeypatch):
 
 def test_the_card_of_an_uploaded_model_loads_it_by_its_name(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(command, "check_login", lambda config: None)
+    monkeypatch.setattr(run_room, "check_login", lambda config: None)
     monkeypatch.setattr(butterflies, "push_to_hub", lambda config: "https://example.org")
     chosen = {"max_train_steps": 1, "push_to_hub": True, "hub_model_id": "me/butterflies"}
     assert main(words(tmp_path / "run", **chosen)) == 0

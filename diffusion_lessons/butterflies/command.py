@@ -20,20 +20,18 @@ from ..diffusion.targets import make_noise_scheduler
 from ..diffusion.pipelines import load_unconditional, read_unconditional, same_network, size_of
 from ..diffusion.networks import check_image_size
 from ..diffusion.unet import count_parameters, make_unet, unet_config_of
-from ..engine.checkpointer import check_resume, is_over, space_note
+from ..engine.checkpointer import is_over, space_note
 from ..engine.command_line import LaunchOptions
 from ..engine.commands import launch, training_command
 from ..engine.config import require
 from ..engine.deepspeed import write_deepspeed_config
-from ..engine.devices import check_processes, check_xformers, enable_xformers
+from ..engine.devices import check_processes, enable_xformers
 from ..engine.devices import forget_accelerator, make_accelerator
 from ..engine.optimization import TrainState, count_steps, make_optimizer
 from ..engine.optimization import memory_text, seconds_per_micro_step, training_memory
-from ..engine.optimizers import check_optimizer
-from ..engine.output_folder import check_output_dir
 from ..engine.precision import default_device
-from ..engine.publishing import check_login
-from ..engine.tracking import check_tracker, say
+from ..engine.run import check_settings
+from ..engine.tracking import say
 from ..pictures.sets import ImageSet, load_images, make_dataloader
 
 # %% ../../nbs/workshop/97_butterflies_command.ipynb #5890d4ec
@@ -139,15 +137,8 @@ def dry_run(config: TrainingConfig, images: ImageSet, num_processes: int = 1) ->
 
 # %% ../../nbs/workshop/97_butterflies_command.ipynb #0f659b4c
 def check_before_work(config: TrainingConfig, num_processes: int = 1) -> None:
-    """Find mistakes that need no data: the optimizer, folders, a resume, the tracker, the network or pipeline, room on
-    the disk."""
-    check_optimizer(config, num_processes)
-    if config.enable_xformers_memory_efficient_attention and num_processes == 1:  # else in the processes
-        check_xformers()
-    check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
-    check_resume(config)
-    check_tracker(config.report_to)
-    check_login(config)
+    """Find mistakes that need no data: those of every run, the network or pipeline, room on the disk."""
+    check_settings(config, num_processes)
     with torch.device("meta"):  # shapes without memory or arithmetic
         weights = 4 * count_parameters(build_model(config)[0])  # bytes
     moments = weights // 2 if config.use_8bit_adam else 2 * weights

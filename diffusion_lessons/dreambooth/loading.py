@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from .adapters import LORA_FILE, load_adapter
 from .drawing_config import GenerationConfig
-from .lora import LORA_FILE, load_adapter
 from ..stable_diffusion.prompts import set_context
 from ..engine.checkpoints import PROGRESS, atomic_folder, load_part
 from ..engine.output_folder import CONFIG_NAME

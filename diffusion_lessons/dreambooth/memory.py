@@ -27,11 +27,15 @@ from ..stable_diffusion.folder import NETWORKS
 from ..stable_diffusion.latents import pictures_at_once
 
 # %% ../../nbs/dreambooth/36_memory.ipynb #fa8d6c53
+#| code-fold: true
+#| code-summary: "networks_of: unet, vae, text_encoder"
 def networks_of(pipeline: Any) -> dict[str, torch.nn.Module]:
     """The networks of a pipeline by name."""
     return {name: getattr(pipeline, name) for name in NETWORKS}
 
 # %% ../../nbs/dreambooth/36_memory.ipynb #eead827c
+#| code-fold: true
+#| code-summary: "choose_models: what learns, by name"
 def choose_models(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, plan: PrecisionPlan
                   ) -> dict[str, torch.nn.Module]:
     """What this run trains, by name: the UNet, the text encoder too if it is asked for, or adapters of these.
@@ -105,6 +109,8 @@ class PhaseMemory(NamedTuple):
         return self.weights + self.state + self.work
 
 # %% ../../nbs/dreambooth/36_memory.ipynb #5f806928
+#| code-fold: true
+#| code-summary: "_Estimate: a method for each phase and each term"
 class _Estimate:
     """What an estimate is made of: a config, its plan, and the shapes of a model; a method for each phase."""
 
