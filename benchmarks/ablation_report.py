@@ -78,7 +78,7 @@ def table(lines: Sequence[Line], name: str, constants: Constants = Constants()) 
 
 
 def compare(group: Mapping[str, Mapping[str, float]], found: Mapping[str, Cells]) -> list[dict[str, Any]]:
-    """For each column, each two rows that follow each other in the paper's order: is it ours, too?"""
+    """For each column, each two rows that follow each other in the paper's order: is it ours, too, and clearly so?"""
     orders = []
     for column in dict.fromkeys(column for values in group.values() for column in values):
         ranked = sorted((label for label in group if column in group[label]), key=lambda label: -group[label][column])
@@ -88,7 +88,8 @@ def compare(group: Mapping[str, Mapping[str, float]], found: Mapping[str, Cells]
                 middle, error = spread(values)
                 orders.append({"column": column, "more": more, "less": less,
                                "paper": [group[more][column], group[less][column]], "n": len(values),
-                               "difference": middle, "±": error, "same": middle > 0})  # fmt: skip
+                               "difference": middle, "±": error, "same": middle > 0,
+                               "clear": error is not None and abs(middle) > 2 * error})  # fmt: skip
     return orders
 
 
@@ -117,18 +118,27 @@ def orders_markdown(orders: Sequence[Mapping[str, Any]]) -> str:
         {"column": each["column"], "order in the paper": f"{each['more']} > {each['less']}",
          "the paper": f"{each['paper'][0]:.3f} > {each['paper'][1]:.3f}",
          "difference here": number(each["difference"], each["±"], "+"), "n": each["n"],
-         "same order as the paper": "yes" if each["same"] else "**no**"} for each in orders])  # fmt: skip
+         "same order as the paper": answer(each)} for each in orders])  # fmt: skip
+
+
+def answer(order: Mapping[str, Any]) -> str:
+    """Whether the miniature orders two rows as the paper does, in a word."""
+    return ("yes" if order["same"] else "**no**") if order["clear"] else "undecided"
 
 
 def verdict(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Where the miniature orders things as the paper does, and where it does not."""
-    orders = [(name, each) for name, made in tables.items() if made["is the paper's"] for each in made["orders"]]
-    others = [f"({name}) {each['column']}: {each['more']} > {each['less']}"
-              for name, each in orders if not each["same"]]  # fmt: skip
-    said = f"Of {len(orders)} orders that the paper's numbers have, the miniature has {len(orders) - len(others)}."
-    if not others:
-        return f"{said}\n"
-    return f"{said} It has these the other way round:\n\n" + "".join(f"- {each}\n" for each in others)
+    """Where the miniature orders things as the paper does, where it does not, and where nobody can tell."""
+    groups: dict[str, list[str]] = {"yes": [], "**no**": [], "undecided": []}
+    for name, each in ((name, each) for name, made in tables.items() if made["is the paper's"]
+                       for each in made["orders"]):  # fmt: skip
+        groups[answer(each)].append(f"({name}) {each['column']}: {each['more']} > {each['less']}")
+    same, others, undecided = groups.values()
+    said = [f"Of {len(same) + len(others) + len(undecided)} orders that the paper's numbers have, the miniature has "
+            f"{len(same)} as well, and {len(others)} the other way round; in {len(undecided)} the difference is less "
+            "than twice its standard error."]  # fmt: skip
+    said += ["\nThe other way round:\n", *(f"- {each}" for each in others)] if others else []
+    said += ["\nUndecided:\n", *(f"- {each}" for each in undecided)] if undecided else []
+    return "\n".join(said) + "\n"
 
 
 def facts(lines: Sequence[Line], wanted: int, words: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +182,8 @@ in training. What is drawn is compared with all real pictures, also where a run 
 
 {columns}
 Mean ± standard error over n, subjects times seeds; real pictures and the untouched model have one value a subject.
-Differences are of pairs with the same subject and seed.
+Differences are of pairs with the same subject and seed; one that is less than twice its standard error decides nothing.
+[Lesson 33](33_prior.ipynb) says what we make of the tables.
 """
 
 
@@ -214,14 +225,16 @@ def pictures(folder: Path, name: str, made: Mapping[str, Any], lines: Sequence[L
     """Draw the figure of a table, and its sheet where the pictures of its runs are there: paths and what they show."""
     found = [(folder / f"{name}.png", f"The numbers of table {name}: {made['title']}")]
     plot(made, name, words.constants, found[0][0])
+    sheets: dict[str, Image.Image] = {}
     for line in (each for each in lines if each["condition"] == "base"):
         title = f"subject {line['subject']}, seed {line['seed']}"
         sheet = draw_sheet(name, [each for each in lines if (each["subject"], each["seed"]) == (
             line["subject"], line["seed"])], words.constants, words.folder, title)  # fmt: skip
-        if sheet is not None:
-            path = folder / f"{name}-pictures.png"
-            sheet.save(path, optimize=True)
-            return [*found, (path, f"Pictures of table {name}, {title}: a row for each run, a column for each prompt")]
+        sheets |= {title: sheet} if sheet is not None else {}
+    if sheets:  # of the subject and seed of which the most runs kept their pictures
+        title, path = max(sheets, key=lambda title: sheets[title].height), folder / f"{name}-pictures.jpg"
+        sheets[title].save(path, quality=92, subsampling=0)  # a quarter of the bytes of a PNG, colours in full
+        found.append((path, f"Pictures of table {name}, {title}: a row for each run, a column for each prompt"))
     return found
 
 

@@ -204,6 +204,21 @@ def test_the_paper_ranks_three_nouns_and_five_numbers_of_pictures():
     assert len(TABLES["c"].paper(constants).groups[0]) == 3
 
 
+@pytest.mark.parametrize(("values", "said"), [
+    ((0.20, 0.21, 0.22, 0.21), "yes"), ((-0.20, -0.21, -0.22, -0.21), "**no**"),
+    ((0.20, -0.21, 0.22, -0.10), "undecided"), ((0.20,), "undecided"),  # of a single pair there is no error
+])  # fmt: skip
+def test_a_difference_decides_when_it_is_twice_its_error(values, said):
+    group = {"more": {"DINO": 0.7}, "less": {"DINO": 0.6}}
+    found = {"more": {(1, seed): {"DINO": value} for seed, value in enumerate(values)},
+             "less": {(1, seed): {"DINO": 0.0} for seed in range(len(values))}}  # fmt: skip
+    order = report.compare(group, found)[0]
+    assert report.answer(order) == said
+    text = report.verdict({"b": {"is the paper's": True, "orders": [order]}})
+    assert ("other way round:\n\n- (b) DINO" in text) == (said == "**no**")
+    assert ("Undecided:\n\n- (b) DINO" in text) == (said == "undecided")
+
+
 @pytest.fixture
 def words(tmp_path):
     """The command line of a report, as far as it is asked."""
@@ -221,7 +236,7 @@ def test_the_page_says_what_it_shows_and_where_the_miniature_disagrees(lines, wo
     assert "| with prior | 4 | 0.300 ± 0.000 | – | 0.750 ± 0.065 |" in page
     assert "| DINO | without prior > with prior | 0.712 > 0.684 | -0.100 ± 0.000 | 4 | **no** |" in page
     assert "- (b) DINO: without prior > with prior\n" in page and "- (b) PRES" not in page
-    assert "it has these" not in page.split("- (b)")[1], "table (e), which the paper has not, does not count"
+    assert "- (e)" not in page, "table (e), which the paper has not, does not count"
     assert "note: 3 results" in page and "| runs | 11 of 164 |" in page and "rate 0.003, subject 1, seed 0 |" in page
     assert all("in miniature" in head for head in page.split("\n") if head.startswith("#"))
     content = json.loads((tmp_path / "ablations.json").read_text(encoding="utf-8"))
@@ -360,9 +375,44 @@ def test_killed_it_goes_on_with_two_workers_and_makes_nothing_twice(tmp_path):
     assert {line["condition"] for line in lines} == {"base", "without prior", "no class noun", "wrong class noun"}
     assert sorted(begun(tmp_path).values()) == [1, 1, 1, 2], "only the one that was killed was begun again"
     page = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| no class noun | 1 |" in page and "ablations/c-pictures.png" in page
+    assert "| no class noun | 1 |" in page and "ablations/c-pictures.jpg" in page
     # The eye itself has other weights than the judge in its place: nothing of this is in its report.
     said = finish(begin(*words, "--report", "--eye", "miniature"), code=2)
     assert "holds no result of these weights, constants" in said and "4 results are kept apart" in said
     assert "4 made with other eye" in said and "Traceback" not in said
     assert path.with_suffix(".md").read_text(encoding="utf-8") == page and sum(begun(tmp_path).values()) == 5
+
+
+# ── what is kept ─────────────────────────────────────────────────────────────────────────
+
+KEPT = BENCHMARKS / "results" / "ablations.jsonl"
+PAGE = BENCHMARKS.parent / "nbs" / "dreambooth" / "ablations.md"
+
+
+def test_the_kept_tables_are_those_of_the_kept_runs():
+    lines = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
+    assert len({line["key"] for line in lines}) == len(lines) == 4 + 20 * 8
+    assert len({json.dumps(line["kind"], sort_keys=True) for line in lines}) == 1, "of one set of weights"
+    kept = json.loads(KEPT.with_suffix(".json").read_text(encoding="utf-8"))["tables"]
+    made = {name: report.table(lines, name) for name in TABLES}
+    assert json.loads(json.dumps(made)) == kept
+    page = PAGE.read_text(encoding="utf-8")
+    assert report.verdict(made) in page
+    assert all(report.markdown(table) in page for table in made.values())
+    for name in TABLES:
+        assert all((PAGE.parent / f"ablations/{name}{end}").is_file() for end in (".png", "-pictures.jpg")), name
+
+
+def test_the_kept_runs_are_of_the_weights_that_are_shipped():
+    kind = json.loads(KEPT.read_text(encoding="utf-8").splitlines()[0])["kind"]
+    assert ablation_run.Bench(Constants(), Path("nowhere")).kind == kind, "make ablations, or keep the old weights"
+
+
+def test_the_lesson_on_the_prior_prints_the_kept_tables(monkeypatch, capsys):
+    import nbformat
+
+    cells = nbformat.read(PAGE.parent / "33_prior.ipynb", as_version=4).cells
+    cell = next(each for each in cells if "results/ablations.json" in each.source)
+    monkeypatch.chdir(PAGE.parent.parent)
+    exec(cell.source, {"json": json, "Path": Path})
+    assert capsys.readouterr().out == "".join(output["text"] for output in cell.outputs)

@@ -18,6 +18,7 @@ NBS = CHECKOUT / "nbs"
 PARTS = ("butterflies", "miniature", "dreambooth", "workshop")  # in the order of the course
 OPENING = ["index", *(path.stem for path in sorted(NBS.glob("[0-9]*.ipynb")))]
 LESSONS = OPENING + [f"{part}/{path.stem}" for part in PARTS for path in sorted((NBS / part).glob("*.ipynb"))]
+BESIDE = ["dreambooth/ablations.md", "glossary.md"]  # pages that are no lessons
 DOCUMENTS = r"\.(?:ipynb|qmd|html)$"  # `nbdev_docs` uses this by default, `nbdev_proc_nbs` has to be told
 
 
@@ -106,7 +107,8 @@ def test_the_sidebar_lists_the_lessons_in_order(site):
     contents = yaml.safe_load((site / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
     sections = [part for part in contents if isinstance(part, dict)]
     assert [part["section"].lower() for part in sections] == list(PARTS)
-    assert [*sections, "glossary.md"] == contents[-len(PARTS) - 1 :] and (site / "glossary.md").is_file()
+    assert [*sections, *BESIDE] == contents[-len(PARTS) - len(BESIDE) :]
+    assert all((site / name).is_file() for name in BESIDE)
     opening = [name for name in contents if isinstance(name, str)]
     assert [f"{name}.ipynb" for name in OPENING] == [name for name in opening if name.endswith(".ipynb")]
     listed = [path for part in sections for path in sorted(site.glob(part["contents"]))]
@@ -148,7 +150,8 @@ def test_llms_txt_lists_every_page_in_order(pages, site):
     root = yaml.safe_load((site / "nbdev.yml").read_text())["website"]["site-url"]
     found = re.findall(rf"^- \[.+?\]\({re.escape(root)}/(.+?)\.md\): \S", text, re.MULTILINE)
     places = addresses(pages)
-    assert found.pop() == "glossary.html" and [places[address] for address in found] == LESSONS
+    assert found[-len(BESIDE) :] == [name.replace(".md", ".html") for name in BESIDE]
+    assert [places[address] for address in found[: -len(BESIDE)]] == LESSONS
     assert text.startswith("# ") and "\n> " in text
 
 
