@@ -24,7 +24,7 @@ class Constants:
     warmup: int = 20  # steps until the learning rate, constant from there on, is reached
     learning_rate: float = 1e-3
     other_rates: tuple[float, ...] = (1e-4, 3e-4, 3e-3)
-    lora_rate: float = 5e-3  # that of the lesson on LoRA: adapters take a larger one than weights
+    lora_rate: float = 5e-3  # adapters take a larger one than weights
     ranks: tuple[int, ...] = (1, 4, 16, 64)
     prior_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 2.0)  # besides 1
     instances: int = 5  # pictures of the subject
