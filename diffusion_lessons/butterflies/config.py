@@ -95,6 +95,8 @@ FRESH: dict[str, Any] = {
 }
 
 # %% ../../nbs/workshop/86_butterflies_config.ipynb #d4e57e68
+#| code-fold: true
+#| code-summary: "TrainingConfig: the groups together, what follows, and what is refused"
 @dataclass
 class TrainingConfig(RefusedOptions, RunConfig, GridOptions, EpochOptions, NoiseOptions, NetworkOptions,
                      PictureOptions):

@@ -72,6 +72,8 @@ def score_of(row: Mapping[str, float]) -> float:
     return row["subject"] + row["prompt"] - row.get("class", 0) / 2
 
 # %% ../../nbs/workshop/88_fidelity.ipynb #66de5c0b
+#| code-fold: true
+#| code-summary: "FidelityTable: measure a row, keep it, forget it, name the best"
 class FidelityTable:
     """At each checkpoint: is it the subject, does it follow the prompt, and what has become of the class?
 

@@ -79,6 +79,8 @@ class OnPaper(NamedTuple):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
 # %% ../../nbs/workshop/93_on_paper.ipynb #553514c9
+#| code-fold: true
+#| code-summary: "Calls: what a run asks of its networks, with inputs of the right shapes"
 class Calls:
     """What is asked of the networks of a Stable Diffusion, with inputs of the right shapes; a method for each call."""
 

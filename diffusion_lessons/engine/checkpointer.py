@@ -60,6 +60,8 @@ class ModelFolders:
         return True
 
 # %% ../../nbs/workshop/68_checkpointer.ipynb #0bfe6e53
+#| code-fold: true
+#| code-summary: "Checkpointer: save, restore, and their helpers"
 _OF_THE_MOMENTS = ("use_8bit_adam", "full_bf16")  # what decides how an optimizer keeps them
 
 

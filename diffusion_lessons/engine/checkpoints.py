@@ -351,6 +351,8 @@ def read_digest(file: Path) -> str:
     return digest
 
 # %% ../../nbs/workshop/66_checkpoints.ipynb #e2c795be
+#| code-fold: true
+#| code-summary: "A checkpoint, and what can be wrong with it"
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint folder of a run: where it is and after how many optimizer steps it was written."""

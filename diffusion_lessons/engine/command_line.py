@@ -155,6 +155,8 @@ def recipe_text(config: RunConfig, recipe: str | None, typed: Collection[str] = 
     return said + (f"; over it: {', '.join(over)}" if over else "")
 
 # %% ../../nbs/workshop/84_command_line.ipynb #5673045d
+#| code-fold: true
+#| code-summary: "parse_command_line: four layers of values, and what is said of them"
 def parse_command_line(
     argv: Sequence[str], config_class: type[Config], presets: dict[str, dict[str, Any]], prog: str
 ) -> tuple[Config, LaunchOptions]:

@@ -64,6 +64,8 @@ def one_line(error: BaseException | str, limit: int = 600) -> str:
     return text if len(text) <= limit else f"{text[:limit]} …"
 
 # %% ../../nbs/workshop/61_commands.ipynb #06dabef9
+#| code-fold: true
+#| code-summary: "A stream that never raises"
 class LastingStream:
     """A text stream that never raises: what its console cannot show becomes an escape, what it cannot take is dropped.
 
@@ -166,6 +168,8 @@ def _exit_code(prog: str, function: Callable[[], Any], log_folder: Callable[[], 
     return 0
 
 # %% ../../nbs/workshop/61_commands.ipynb #fc8d1717
+#| code-fold: true
+#| code-summary: "Noting signals instead of raising"
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal has gone; Windows knows no such signal
 
 
@@ -209,6 +213,8 @@ class StopSignals:
             signal.signal(number, handler)
 
 # %% ../../nbs/workshop/61_commands.ipynb #1c623a7b
+#| code-fold: true
+#| code-summary: "Starting processes, and finding the failure that explains the others"
 _KINDS = {kind.__name__: kind for kind in (InputError, RunFailed, Interrupted, Terminated)}
 
 

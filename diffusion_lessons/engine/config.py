@@ -46,6 +46,8 @@ def option(default: Any, help: str, *, aliases: Sequence[str] = (), fixed: bool 
     return field(default=default, repr=not secret, metadata=metadata)
 
 # %% ../../nbs/workshop/60_config.ipynb #1f91f066
+#| code-fold: true
+#| code-summary: "Types, paths and texts: the checks of a field"
 def allowed_types(annotation: Any) -> tuple[tuple[type, ...], tuple[Any, ...]]:
     """Split an annotation into its plain types and, for `Literal`, its allowed values."""
     if get_origin(annotation) is Literal:
@@ -227,6 +229,8 @@ class HubOptions:
     hub_token: str | None = option(None, "access token; better: log in once with `hf auth login`", secret=True)
 
 # %% ../../nbs/workshop/60_config.ipynb #e8bafa4f
+#| code-fold: true
+#| code-summary: "RunConfig: resolving, and the checks of every run"
 @dataclass
 class RunConfig(HubOptions, TrackingOptions, CheckpointOptions, AveragingOptions, DeviceOptions, OptimizerOptions,
                 LearningRateOptions, BatchOptions, OutputOptions):
@@ -321,6 +325,8 @@ class RunConfig(HubOptions, TrackingOptions, CheckpointOptions, AveragingOptions
                     f"{name}={set_to} is set; unset it, or upload later with `hf upload`")
 
 # %% ../../nbs/workshop/60_config.ipynb #1f58e3b1
+#| code-fold: true
+#| code-summary: "Reading and writing a config's file"
 Config = TypeVar("Config", bound=RunConfig)
 
 

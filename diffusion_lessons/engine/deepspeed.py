@@ -186,6 +186,8 @@ class Together(torch.nn.Module):
         return convert_to_fp32(model(*args, **kwargs))
 
 # %% ../../nbs/workshop/92_deepspeed.ipynb #57af67d7
+#| code-fold: true
+#| code-summary: "ZeroEngine: the networks as DeepSpeed trains them, put together again"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER_FILE, SCALE_FILE = "optimizer.bin", "loss_scale.json"  # the first name is Accelerate's
 SCALE_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's loss scaler

@@ -194,6 +194,8 @@ def smaller_batch(batch: int, accumulation: int) -> tuple[int, int]:
     return half, batch * accumulation // half
 
 # %% ../../nbs/workshop/62_devices.ipynb #62c0de04
+#| code-fold: true
+#| code-summary: "What would need less memory, by the phase of the run"
 def _smaller_pictures(config: RunConfig) -> list[str]:
     """The flag for pictures of about three quarters of the side; none where the model gives their size."""
     name = next((name for name in ("resolution", "image_size") if hasattr(config, name)), None)

@@ -165,6 +165,8 @@ def make_ema(model: torch.nn.Module, config: RunConfig) -> WeightAverage:
                          model_config=model.config)
 
 # %% ../../nbs/workshop/64_optimization.ipynb #46f9420e
+#| code-fold: true
+#| code-summary: "TrainState: what an optimizer step changes, in the right order"
 class TrainState:
     """What an optimizer step changes: models by name, their averages, the optimizer and its schedule.
 

@@ -63,6 +63,8 @@ def finished_without_checkpoint(output_dir: str | Path) -> bool:
     return (Path(output_dir) / FINISHED).is_file() and not list_checkpoints(output_dir)
 
 # %% ../../nbs/workshop/67_output_folder.ipynb #cd444438
+#| code-fold: true
+#| code-summary: "Moving an earlier run aside, and back"
 def _left_by_a_run(folder: Path) -> list[str]:
     """Names in the folder that a run of ours wrote; the config, by which we know the folder, comes last."""
     checkpoints = [checkpoint.path.name for checkpoint in reversed(list_checkpoints(folder))]
@@ -221,6 +223,8 @@ def newest_samples(output_dir: str | Path) -> Path | None:
     return max(found)[1] if found else None
 
 # %% ../../nbs/workshop/67_output_folder.ipynb #5d13a533
+#| code-fold: true
+#| code-summary: "OutputFolder: check, lock, repair, move, sweep"
 class OutputFolder:
     """The folder of one run: claimed for it alone, with an earlier run's work moved aside, and released at the end.
 

@@ -61,6 +61,8 @@ class Placement(NamedTuple):
     autocast: torch.dtype | None
 
 # %% ../../nbs/workshop/63_precision.ipynb #0cbffbcc
+#| code-fold: true
+#| code-summary: "PrecisionPlan: which network lies where, in which format"
 @dataclass(frozen=True)
 class PrecisionPlan:
     """The one plan of which network lies where, in which dtype, in which phase of a run.

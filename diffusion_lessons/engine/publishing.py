@@ -25,6 +25,8 @@ from .config import InputError, RunConfig, public_fields, shown_fields
 from .output_folder import CONFIG_NAME, list_results
 
 # %% ../../nbs/workshop/70_publishing.ipynb #4d6654ca
+#| code-fold: true
+#| code-summary: "Saving a pipeline part by part"
 def save_parts(output_dir: str | Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill an empty folder, then move what it wrote into `output_dir`, in place of an earlier result.
 
@@ -99,6 +101,8 @@ def write_model_card(
     return path
 
 # %% ../../nbs/workshop/70_publishing.ipynb #eddba592
+#| code-fold: true
+#| code-summary: "Uploading: login, a folder for others to see, one commit"
 NOT_UPLOADED = ["checkpoint-*/**", "abandoned-checkpoint-*/**", "logs/**", ".*", ".*/**", "*/.*", "*.log",
                 "samples/abandoned-*"]
 

@@ -62,6 +62,8 @@ class Timing:
         return step > 0 and (step % every == 0 or (at_the_end and self.at_the_end))
 
 # %% ../../nbs/workshop/69_run.ipynb #f96289b0
+#| code-fold: true
+#| code-summary: "Run: the loop, looking and saving"
 class Run:
     """One training run: a position, a `TrainState` that its steps change, and what is kept of them. See `start_run`.
 
@@ -299,6 +301,8 @@ def watching_signals(run: Run) -> Iterator[None]:
             raise
 
 # %% ../../nbs/workshop/69_run.ipynb #35a30a9d
+#| code-fold: true
+#| code-summary: "start_run: opening and closing a run"
 @contextlib.contextmanager
 def start_run(
     config: RunConfig, models: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer, dataloader: DataLoader,

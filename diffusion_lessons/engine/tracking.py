@@ -31,6 +31,8 @@ from .commands import RunFailed, one_line, say
 from .config import InputError, RunConfig, public_fields, shown_fields
 
 # %% ../../nbs/workshop/65_tracking.ipynb #6868fe23
+#| code-fold: true
+#| code-summary: "LossLog: noted in every step, read once in a while"
 class LossLog:
     """The losses of a run: noted on the device in every step, read and sent to the trackers once in a while."""
 
@@ -73,6 +75,8 @@ class LossLog:
         return float(np.mean(losses))
 
 # %% ../../nbs/workshop/65_tracking.ipynb #80123d16
+#| code-fold: true
+#| code-summary: "ProgressMeter: the bar, and how fast the run was"
 class ProgressMeter:
     """The progress bar of a run, and how fast it was.
 

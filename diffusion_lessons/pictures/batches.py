@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..engine.config import InputError, require
 
 # %% ../../nbs/workshop/76_batches.ipynb #c78ef4b7
+#| code-fold: true
+#| code-summary: "The class ImageSet"
 class ImageSet(Dataset):
     """Decoded pictures: one block of `uint8` numbers (N, 3, H, W), in memory, mapped from a file, or on a device.
 

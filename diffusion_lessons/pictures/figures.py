@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 # %% ../../nbs/workshop/72_figures.ipynb #b40f3baa
+#| code-fold: true
+#| code-summary: "From a model's numbers to pixels"
 def to_pixels(image: np.ndarray | torch.Tensor) -> np.ndarray:
     """The picture as the eye's numbers: `uint8`, height x width (x 3 or 4).
 
@@ -92,6 +94,8 @@ def make_grid(images: np.ndarray | torch.Tensor | Sequence, rows: int, cols: int
     return grid
 
 # %% ../../nbs/workshop/72_figures.ipynb #c157d078
+#| code-fold: true
+#| code-summary: "show_images, and where its axes go"
 FIGURE_DPI = 80  # figures are stored in the notebooks: sharp enough to judge a sample, small enough for git
 
 

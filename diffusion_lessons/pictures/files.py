@@ -92,6 +92,8 @@ def conversion_to_srgb(profile: bytes, channels: str) -> ImageCms.ImageCmsTransf
         return None
 
 # %% ../../nbs/workshop/75_files.ipynb #41cb2206
+#| code-fold: true
+#| code-summary: "open_image and what it refuses"
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA",
            "TIFF", "WEBP")  # fmt: skip
 MAX_PIXELS = 89_478_485  # where Pillow, too, begins to suspect a decompression bomb

@@ -35,6 +35,8 @@ from ..engine.tracking import say
 from .files import Resize, find_images, fit_square, open_image, pictures_without_suffix
 
 # %% ../../nbs/workshop/77_sets.ipynb #2da9a36c
+#| code-fold: true
+#| code-summary: "A folder, a data set or the meadow as a Source"
 _all_ = ["ImageSet", "make_dataloader", "open_image", "random_flip", "to_model_range"]  # one place to import from
 _logger = logging.getLogger(__name__)
 
@@ -143,6 +145,8 @@ def meadow_source(num_images: int, image_size: int, seed: int) -> Source:
     return Source(names, key, lambda: dataset_source(meadow.specimens(num_images, image_size, seed), "meadow").open())
 
 # %% ../../nbs/workshop/77_sets.ipynb #0f959939
+#| code-fold: true
+#| code-summary: "Decode in threads, write in order, name what cannot be read"
 def decoded(source: Source, image_size: int, resize: Resize) -> Iterator[np.ndarray | InputError]:
     """Each picture in turn as `uint8` (3, H, W), or its error; Pillow lets threads decode side by side."""
     fetch = source.open()
@@ -256,6 +260,8 @@ def mapped(source: Source, image_size: int, resize: Resize, on_bad_image: str, f
     return np.memmap(place / "pixels.bin", np.uint8, "r", shape=(len(about["names"]), 3, image_size, image_size)), about
 
 # %% ../../nbs/workshop/77_sets.ipynb #7de4b506
+#| code-fold: true
+#| code-summary: "Choose the source, and load its pictures"
 MEMORY_LIMIT = 2**30  # bytes; a larger set is mapped from a file
 
 

@@ -235,6 +235,8 @@ def load_clip(folder: str | Path | None = None) -> CLIPModel:
     return load_part(CLIPModel, (shipped("miniature") if folder is None else Path(folder)) / "clip", COPY_AGAIN)
 
 # %% ../../nbs/workshop/80_folder.ipynb #05250828
+#| code-fold: true
+#| code-summary: "Write a model folder: what changed anew, the rest copied"
 def write_model(folder: Path, base: Path, changed: Mapping[str, Any], variant: str | None = None) -> None:
     """Write a whole model folder: the changed parts as they are in memory, all others copied from `base`, bit for bit.
 
