@@ -152,7 +152,7 @@ $(INSTALLED): $(METADATA) | $(MADE)
 
 $(INSTALLED_DEV): $(METADATA) | $(MADE)
 	@echo "installing into $(VENV), with the tools for development (some minutes the first time)"
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,jax]'
 	@touch $(INSTALLED) $@
 
 .PHONY: help

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 project = parser["DEFAULT"]
-EXTRAS = ["dev", "wandb", "trackio", "8bit", "torchao", "deepspeed", "xformers"]
+EXTRAS = ["dev", "wandb", "trackio", "8bit", "torchao", "deepspeed", "xformers", "jax"]
 
 setup(
     name=project["lib_name"],

@@ -37,8 +37,14 @@ def badge(project: dict[str, str], relative: str) -> str:
     return f"[![Open in Colab]({BADGE_IMAGE})](https://colab.research.google.com/github/{place})"
 
 
-def install_source(project: dict[str, str]) -> str:
-    """The cell that installs the package in Colab; it leaves an installed one alone."""
+EXTRAS = {"jax": "jax"}  # what the lessons of a part need besides: folder, and module to look for
+
+
+def install_source(project: dict[str, str], part: str = "") -> str:
+    """The cell that installs the package in Colab, with the extra of a part; it leaves an installed one alone."""
+    extra = f"[{part}]" if part in EXTRAS else ""
+    wanted = [project["lib_name"], *([EXTRAS[part]] if extra else [])]
+    missing = " or ".join(f'importlib.util.find_spec("{name}") is None' for name in wanted)
     return "\n".join(
         [
             "#| hide",
@@ -46,8 +52,8 @@ def install_source(project: dict[str, str]) -> str:
             f"{INSTALL_MARK} Where the package is installed already, it does nothing.",
             "import importlib.util",
             "",
-            f'if importlib.util.find_spec("{project["lib_name"]}") is None:',
-            f'    %pip install -q "{project["lib_name"]} @ git+{project["git_url"]}"',
+            f"if {missing}:",
+            f'    %pip install -q "{project["lib_name"]}{extra} @ git+{project["git_url"]}"',
         ]
     )
 
@@ -76,7 +82,7 @@ def update(notebook, relative: str, project: dict[str, str]) -> None:
     if present is None:
         present = nbformat.v4.new_code_cell(id=INSTALL_ID)
         notebook.cells.insert(notebook.cells.index(code[0]), present)
-    present.source = install_source(project)
+    present.source = install_source(project, Path(relative).parts[0])
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-EXTRAS = {"dev", "wandb", "trackio", "8bit", "torchao", "deepspeed", "xformers"}
+EXTRAS = {"dev", "wandb", "trackio", "8bit", "torchao", "deepspeed", "xformers", "jax"}
 COURSE = ("jupyterlab", "nbdev", "torch", "diffusers", "transformers", "accelerate", "datasets", "matplotlib",
           "torchvision", "pytest")  # fmt: skip
 
@@ -88,11 +88,18 @@ def test_trackers_and_accelerators_are_not_forced_on_anyone():
 def test_imports_of_the_package_are_requirements():
     """What a module imports at its top must come with `pip install`, not only with [dev]."""
     names = set()
-    for path in (CHECKOUT / "diffusion_lessons").rglob("*.py"):
-        names |= set(re.findall(r"^(?:from|import) ([A-Za-z_]\w*)", path.read_text(encoding="utf-8"), re.MULTILINE))
-    third_party = names - set(sys.stdlib_module_names) - {"diffusion_lessons"}
-    provides = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface_hub"}
-    assert not {provides.get(name, name) for name in third_party} - set(requirements("requirements"))
+    package, in_jax = CHECKOUT / "diffusion_lessons", set()
+    for path in package.rglob("*.py"):
+        found = set(re.findall(r"^(?:from|import) ([A-Za-z_]\w*)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        if path.relative_to(package).parts[0] == "jax":
+            in_jax |= found
+        else:
+            names |= found
+    ours = set(sys.stdlib_module_names) | {"diffusion_lessons"}
+    provides = {"PIL": "pillow", "yaml": "pyyaml", "orbax": "orbax-checkpoint"}
+    always = set(requirements("requirements"))
+    assert not {provides.get(name, name) for name in names - ours} - always
+    assert not {provides.get(name, name) for name in in_jax - ours} - always - set(requirements("jax_requirements"))
 
 
 def test_version_stands_in_one_place():
@@ -261,7 +268,8 @@ def test_lessons_can_install_the_package_in_colab(path):
     code = [cell.source for cell in nbformat.read(str(path), as_version=4).cells if cell.cell_type == "code"]
     cells = [source for source in code if "%pip install" in source]
     assert len(cells) == 1 and code[0] == cells[0]
-    assert f'"{PROJECT["lib_name"]} @ git+{PROJECT["git_url"]}"' in cells[0]
+    extra = "[jax]" if path.parent.name == "jax" else ""
+    assert f'"{PROJECT["lib_name"]}{extra} @ git+{PROJECT["git_url"]}"' in cells[0]
     assert "#| eval: false" in cells[0] and "find_spec" in cells[0], "an installed package is left alone"
 
 

@@ -33,7 +33,8 @@ MODULES = {
     if path.name not in ("__init__.py", "_modidx.py", "__main__.py")
 }
 # From the ground up: a room imports from its own folder and from those before it.
-FLOORS = ("engine", "pictures", "diffusion", "butterflies", "stable_diffusion", "miniature", "metrics", "dreambooth")
+FLOORS = ("engine", "pictures", "diffusion", "butterflies", "stable_diffusion", "miniature", "metrics", "dreambooth",
+          "jax")  # fmt: skip
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
 
 
@@ -159,6 +160,16 @@ def test_nothing_that_serves_a_real_model_leads_into_the_miniature(module):
     for room in sorted({module} | reached(module)):
         assert not room.startswith("miniature."), f"{module} reaches {room}"
         assert "miniature" not in doors(room, TREES[room]), f"{room} goes through the miniature's door"
+
+
+def test_only_the_top_floor_imports_jax():
+    """Whoever has not installed it misses nothing else."""
+    of_jax = {"jax", "jaxlib", "flax", "optax", "orbax"}
+    for module, tree in TREES.items():
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+        found = of_jax & {name.split(".")[0] for name in names}
+        assert not found or module.startswith("jax."), f"{module} imports {sorted(found)}"
 
 
 def test_drawing_needs_no_trainer():

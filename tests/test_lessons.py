@@ -68,7 +68,8 @@ def test_no_two_lessons_share_a_number():
     assert len(set(numbers)) == len(numbers)
 
 
-TENS = {"nbs": "0", "butterflies": "1", "miniature": "2", "dreambooth": "3", "workshop": "6789"}  # first digits
+# The first digits of the lessons of a part.
+TENS = {"nbs": "0", "butterflies": "1", "miniature": "2", "dreambooth": "3", "jax": "5", "workshop": "6789"}
 
 
 def test_every_part_of_the_course_has_its_tens():

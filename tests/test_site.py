@@ -15,7 +15,7 @@ from nbconvert import HTMLExporter
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 NBS = CHECKOUT / "nbs"
-PARTS = ("butterflies", "miniature", "dreambooth", "workshop")  # in the order of the course
+PARTS = ("butterflies", "miniature", "dreambooth", "jax", "workshop")  # in the order of the course
 OPENING = ["index", *(path.stem for path in sorted(NBS.glob("[0-9]*.ipynb")))]
 LESSONS = OPENING + [f"{part}/{path.stem}" for part in PARTS for path in sorted((NBS / part).glob("*.ipynb"))]
 BESIDE = ["dreambooth/ablations.md", "glossary.md"]  # pages that are no lessons
