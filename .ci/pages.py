@@ -79,6 +79,8 @@ def not_run(cell) -> str | None:
     works = any(not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign) for node in cell_body(cell.source))
     if cell.outputs or not (works or "eval:" in flags):
         return None
+    if "with_sliders(" in cell.source:
+        return "To move the slider, open this lesson in Jupyter or Colab; not run here."
     hub = HUB.search(cell.source)
     gpu = "cuda" in cell.source or "cuda" in flags or (hub and "train" in cell.source)  # a training at full size
     needs = [what for what, needed in (("a GPU", gpu), ("the Hub", hub)) if needed]
@@ -124,6 +126,9 @@ class Entry(BasicMarkdownRenderer):
     """A reference entry: arguments as a list, and of a config its flags in the place of a call with sixty of them."""
 
     def __init__(self, sym, **options) -> None:
+        if isinstance(sym, type) and type(sym).__call__ is not type.__call__:  # a metaclass calls it, as Flax's does
+            own = inspect.signature(sym.__init__, eval_str=True)
+            sym.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
         super().__init__(sym, **options)
         self.text, self.docs = SECTION.sub(as_list, self.docs).strip(), ""  # nbdev would set its first line in italics
         if dataclasses.is_dataclass(sym) and (flags := flag_table(sym)):

@@ -1,6 +1,10 @@
+import ast
 import math
+import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -15,6 +19,7 @@ from diffusion_lessons.pictures.figures import (
     to_pil,
     to_pil_list,
     to_pixels,
+    with_sliders,
 )
 
 
@@ -169,3 +174,45 @@ def test_running_mean_agrees_with_the_plain_definition():
     assert running_mean([], window=3).tolist() == []
     with pytest.raises(ValueError, match="window"):
         running_mean(values, window=0)
+
+
+def test_sliders_draw_at_once_and_whenever_one_is_moved(monkeypatch):
+    ipywidgets = pytest.importorskip("ipywidgets", reason="sliders are ipywidgets'")
+    made, seen = [], []
+    interact = ipywidgets.interact
+    monkeypatch.setattr(ipywidgets, "interact", lambda draw, **ranges: made.append(interact(draw, **ranges)))
+
+    def draw(t: int = 50, scale: float = 1.0) -> None:
+        seen.append((t, scale))
+
+    with_sliders(draw, t=(0, 999), scale=(0.0, 2.0, 0.1))
+    assert seen == [(50, 1.0)], "where the defaults are"
+    slider = made[0].widget.children[0]
+    assert (slider.min, slider.max) == (0, 999)
+    slider.value = 700
+    assert seen[1:] == [(700, 1.0)]
+
+
+def test_without_ipywidgets_a_lesson_goes_on(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with_sliders(lambda t=50: pytest.fail("drawn"), t=(0, 999))
+    assert "pip install ipywidgets" in capsys.readouterr().out
+
+
+def test_every_slider_of_the_lessons_draws_with_its_defaults():
+    """What the cell calls exists in its lesson, and each slider has a default within its range."""
+    found = 0
+    for path in sorted((Path(__file__).resolve().parent.parent / "nbs").rglob("[0-9]*.ipynb")):
+        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        for cell in (cell for cell in cells if "with_sliders(" in cell.source):
+            calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+            for call in (call for call in calls if getattr(call.func, "id", "") == "with_sliders"):
+                draw = next(node for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef))
+                assert call.args[0].id == draw.name, path.stem
+                defaults = dict(zip([each.arg for each in draw.args.args], map(ast.literal_eval, draw.args.defaults),
+                                    strict=True))  # fmt: skip
+                ranges = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+                assert ranges.keys() == defaults.keys(), path.stem
+                assert all(low <= defaults[name] <= high for name, (low, high, *_) in ranges.items()), path.stem
+                found += 1
+    assert found >= 4

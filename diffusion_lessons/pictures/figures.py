@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FIGURE_DPI', 'CURVE_COLOURS', 'LINE_STYLES', 'to_pixels', 'to_pil', 'to_pil_list', 'make_grid', 'show_images',
-           'plot_curves', 'running_mean', 'denoising_strip']
+           'plot_curves', 'running_mean', 'denoising_strip', 'with_sliders']
 
 # %% ../../nbs/workshop/72_figures.ipynb #41c3f49d
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -234,3 +235,18 @@ def denoising_strip(frames: Sequence, labels: Sequence, title: str, scale: float
     for ax, picture, label in zip(axes, pictures, labels, strict=True):
         _draw(ax, picture)
         ax.set_xlabel(str(label), fontsize=9, labelpad=3, linespacing=1.0)
+
+# %% ../../nbs/workshop/72_figures.ipynb #dc048360
+def with_sliders(draw: Callable[..., None], **ranges: Any) -> None:
+    """Sliders, in Jupyter and Colab, that call a function with their values; without ipywidgets, says what is missing.
+
+    Args:
+        draw: draws one figure. Its arguments have defaults, where the sliders begin.
+        ranges: for each argument what `ipywidgets.interact` takes, such as (least, most) or (least, most, step).
+    """
+    try:
+        from ipywidgets import interact
+    except ImportError:
+        print("for a slider: pip install ipywidgets")
+        return
+    interact(draw, **ranges)
