@@ -39,7 +39,7 @@ import importlib, pkgutil, sys
 import diffusion_lessons
 assert diffusion_lessons.__file__.startswith(sys.prefix), diffusion_lessons.__file__
 for module in pkgutil.walk_packages(diffusion_lessons.__path__, "diffusion_lessons."):
-    if not module.name.endswith("__main__"):
+    if not module.name.endswith("__main__") and ".jax." not in module.name:  # JAX is an extra of its own
         importlib.import_module(module.name)
 """
 OPEN_PLAINLY = """
