@@ -1,13 +1,12 @@
 """The flags of both DreamBooth scripts: every one is walked through; then what is checked, filled in and layered."""
 
-import ast
-import re
 import subprocess
 import sys
 from dataclasses import MISSING, asdict, fields
 from typing import get_args
 
 import pytest
+from script_flags import CLASS, IN_ALL_SCRIPTS, NEEDED, as_words, table_of_script
 
 from diffusion_lessons.dreambooth.config import (
     DREAMBOOTH_PRESETS,
@@ -20,62 +19,27 @@ from diffusion_lessons.dreambooth.config import (
 from diffusion_lessons.dreambooth.drawing_config import GenerationConfig, parse_generation
 from diffusion_lessons.engine.config import InputError, RunConfig, load_config, save_config
 
-NEEDED = {
-    "pretrained_model_name_or_path": "miniature",
-    "instance_data_dir": "meadow",
-    "instance_prompt": "a photo of a sks butterfly",
-}
-CLASS = {"class_data_dir": "class", "class_prompt": "a photo of a butterfly"}
-
 # flag: its type and default in train_dreambooth.py and train_dreambooth_lora.py, and some other value to give it
-SAME_IN_BOTH = {
-    "pretrained_model_name_or_path": (str, None, "a/model"),
-    "revision": (str, None, "main"),
+SAME_IN_BOTH = IN_ALL_SCRIPTS | {
     "variant": (str, None, "fp16"),
-    "tokenizer_name": (str, None, "a/tokenizer"),
-    "instance_data_dir": (str, None, "dog"),
-    "class_data_dir": (str, None, "dogs"),
-    "instance_prompt": (str, None, "a photo of sks dog"),
-    "class_prompt": (str, None, "a photo of dog"),
-    "with_prior_preservation": (bool, False, True),
-    "prior_loss_weight": (float, 1.0, 0.5),
-    "num_class_images": (int, 100, 200),
     "seed": (int, None, 7),
-    "resolution": (int, 512, 768),
-    "center_crop": (bool, False, True),
-    "train_text_encoder": (bool, False, True),
-    "train_batch_size": (int, 4, 1),
-    "sample_batch_size": (int, 4, 8),
-    "num_train_epochs": (int, 1, 3),
-    "max_train_steps": (int, None, 400),
     "checkpointing_steps": (int, 500, 100),
     "checkpoints_total_limit": (int, None, 2),
     "resume_from_checkpoint": (str, None, "checkpoint-100"),
     "gradient_accumulation_steps": (int, 1, 2),
     "gradient_checkpointing": (bool, False, True),
-    "scale_lr": (bool, False, True),
     "lr_scheduler": (str, "constant", "cosine_with_restarts"),
     "lr_warmup_steps": (int, 500, 0),
     "lr_num_cycles": (int, 1, 2),
     "lr_power": (float, 1.0, 2.0),
     "use_8bit_adam": (bool, False, True),
     "dataloader_num_workers": (int, 0, 2),
-    "adam_beta1": (float, 0.9, 0.5),
-    "adam_beta2": (float, 0.999, 0.99),
-    "adam_weight_decay": (float, 0.01, 0.1),
-    "adam_epsilon": (float, 1e-08, 1e-06),
-    "max_grad_norm": (float, 1.0, 0.5),
-    "push_to_hub": (bool, False, True),
-    "hub_token": (str, None, "hf_secret"),
-    "hub_model_id": (str, None, "me/my-dog"),
-    "logging_dir": (str, "logs", "diary"),
     "allow_tf32": (bool, False, True),
     "report_to": (str, "tensorboard", "wandb"),
     "validation_prompt": (str, None, "a photo of sks dog in a bucket"),
     "num_validation_images": (int, 4, 2),
     "mixed_precision": (str, None, "bf16"),
     "prior_generation_precision": (str, None, "fp32"),
-    "local_rank": (int, -1, 0),
     "enable_xformers_memory_efficient_attention": (bool, False, True),
     "pre_compute_text_embeddings": (bool, False, True),
     "tokenizer_max_length": (int, None, 77),
@@ -111,12 +75,6 @@ TABLES = {"train_dreambooth.py": FULL, "train_dreambooth_lora.py": LORA}
 WALK = [(script, flag) for script, table in TABLES.items() for flag in table]
 
 
-def as_words(values: dict) -> list[str]:
-    """Fields as the words of a command; True is a bare flag."""
-    flags = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in values.items()]
-    return [word for flag in flags for word in flag]
-
-
 def parse(*words: str, **values) -> DreamBoothConfig:
     """The config of a command that has what every run needs."""
     return parse_dreambooth([*as_words(NEEDED | values), *words])[0]
@@ -127,12 +85,9 @@ def parse(*words: str, **values) -> DreamBoothConfig:
 
 def test_the_tables_are_those_of_the_scripts(shared_data):
     text = (shared_data.parent / "reference" / "reference_flags.md").read_text()
-    kinds = {"flag": bool, "str": str, "int": int, "float": float, "str, nargs=+": list}
     for script, table in TABLES.items():
-        section = text.split(f"/{script} (")[1].split("\n## ")[0]
-        rows = re.findall(r"^\| `--(\w+)` \| (.+?) \| `(.*?)` \|", section, flags=re.MULTILINE)
-        there = {name: (kinds[kind], ast.literal_eval(default)) for name, kind, default in rows}
-        assert there == {name: (kind, default) for name, (kind, default, _) in table.items()}
+        there = {name: (kind, default) for name, (kind, default, _) in table.items()}
+        assert table_of_script(text, script) == there
 
 
 def test_the_tables_are_complete():

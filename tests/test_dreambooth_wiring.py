@@ -30,16 +30,10 @@ import diffusion_lessons.miniature.latent_diffusion as latent_diffusion
 import diffusion_lessons.stable_diffusion.prompts as prompts_room
 from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import make_unet
+from diffusion_lessons.dreambooth.adapters import KOHYA_FILE, LORA_FILE, adapter_state, read_adapter, save_adapters
 from diffusion_lessons.dreambooth.config import DreamBoothConfig
 from diffusion_lessons.dreambooth.drawing_config import GenerationConfig
-from diffusion_lessons.dreambooth.lora import (
-    KOHYA_FILE,
-    LORA_FILE,
-    adapter_state,
-    add_adapters,
-    read_adapter,
-    save_adapters,
-)
+from diffusion_lessons.dreambooth.lora import add_adapters
 from diffusion_lessons.dreambooth.subject import instance_source, load_subject
 from diffusion_lessons.dreambooth.training import choose_models, main, precision_plan, train
 from diffusion_lessons.engine import devices

@@ -29,7 +29,6 @@ from diffusion_lessons.dreambooth.inference import (
     save_numbered,
 )
 from diffusion_lessons.dreambooth.loading import (
-    check_new_folder,
     find_base,
     fits,
     load_checkpoint,
@@ -44,7 +43,7 @@ from diffusion_lessons.engine.checkpoints import PROGRESS, write_json
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.pictures.sheets import caption_row, comparison_sheet, label
 from diffusion_lessons.stable_diffusion.drawing import draw
-from diffusion_lessons.stable_diffusion.folder import load_pipeline
+from diffusion_lessons.stable_diffusion.folder import check_new_folder, load_pipeline
 
 SETTINGS = ["--num_inference_steps", "2", "--size", "16", "--num_images", "2", "--guidance_scale", "2"]
 ON_SNOW = "a photo of a sks butterfly on snow"
@@ -560,7 +559,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_drawn(runs, tmp_path, cap
     assert "holds something already; name a new folder" in capfd.readouterr().err
     assert not (tmp_path / "out").exists() and [path.name for path in (tmp_path / "kept").iterdir()] == ["thesis.tex"]
     with pytest.raises(InputError, match="save_pipeline"):
-        check_new_folder(tmp_path / "kept" / "thesis.tex")
+        check_new_folder(tmp_path / "kept" / "thesis.tex", "--save_pipeline kept")
 
 
 # --- models without prompts ---

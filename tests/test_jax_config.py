@@ -1,13 +1,12 @@
 """The flags of DreamBooth in JAX: those of the Flax script are walked through; what it lacked, and what is refused."""
 
-import ast
 import json
-import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields
 
 import pytest
+from script_flags import CLASS, IN_ALL_SCRIPTS, NEEDED, as_words, table_of_script
 
 from diffusion_lessons.dreambooth.config import DREAMBOOTH_PRESETS, DreamBoothConfig, OtherModelOptions
 from diffusion_lessons.engine.config import InputError, load_config, save_config
@@ -20,49 +19,14 @@ from diffusion_lessons.jax.config import (
     parse_dreambooth_jax,
 )
 
-NEEDED = {
-    "pretrained_model_name_or_path": "miniature",
-    "instance_data_dir": "meadow",
-    "instance_prompt": "a photo of a sks butterfly",
-}
-CLASS = {"class_data_dir": "class", "class_prompt": "a photo of a butterfly"}
-
 # flag: its type and default in train_dreambooth_flax.py, and some other value to give it
-FLAX = {
-    "pretrained_model_name_or_path": (str, None, "a/model"),
+FLAX = IN_ALL_SCRIPTS | {
     "pretrained_vae_name_or_path": (str, None, "a/vae"),
-    "revision": (str, None, "main"),
-    "tokenizer_name": (str, None, "a/tokenizer"),
-    "instance_data_dir": (str, None, "dog"),
-    "class_data_dir": (str, None, "dogs"),
-    "instance_prompt": (str, None, "a photo of sks dog"),
-    "class_prompt": (str, None, "a photo of dog"),
-    "with_prior_preservation": (bool, False, True),
-    "prior_loss_weight": (float, 1.0, 0.5),
-    "num_class_images": (int, 100, 200),
     "output_dir": (str, "text-inversion-model", "out"),
     "save_steps": (int, None, 50),
     "seed": (int, 0, 7),
-    "resolution": (int, 512, 768),
-    "center_crop": (bool, False, True),
-    "train_text_encoder": (bool, False, True),
-    "train_batch_size": (int, 4, 1),
-    "sample_batch_size": (int, 4, 8),
-    "num_train_epochs": (int, 1, 3),
-    "max_train_steps": (int, None, 400),
     "learning_rate": (float, 5e-06, 1e-05),
-    "scale_lr": (bool, False, True),
-    "adam_beta1": (float, 0.9, 0.5),
-    "adam_beta2": (float, 0.999, 0.99),
-    "adam_weight_decay": (float, 0.01, 0.1),
-    "adam_epsilon": (float, 1e-08, 1e-06),
-    "max_grad_norm": (float, 1.0, 0.5),
-    "push_to_hub": (bool, False, True),
-    "hub_token": (str, None, "hf_secret"),
-    "hub_model_id": (str, None, "me/my-dog"),
-    "logging_dir": (str, "logs", "diary"),
     "mixed_precision": (str, "no", "bf16"),
-    "local_rank": (int, -1, 0),
 }
 # What the Flax script lacked, under the names of the PyTorch script and of this course.
 ADDED = {
@@ -80,12 +44,6 @@ REFUSED = {
 }  # fmt: skip
 
 
-def as_words(values: dict) -> list[str]:
-    """Fields as the words of a command; True is a bare flag."""
-    flags = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in values.items()]
-    return [word for flag in flags for word in flag]
-
-
 def parse(*words: str, **values) -> DreamBoothJaxConfig:
     """The config of a command that has what every run needs."""
     return parse_dreambooth_jax([*as_words(NEEDED | values), *words])[0]
@@ -93,10 +51,7 @@ def parse(*words: str, **values) -> DreamBoothJaxConfig:
 
 def test_the_table_is_that_of_the_script(shared_data):
     text = (shared_data.parent / "reference" / "reference_flags.md").read_text()
-    kinds = {"flag": bool, "str": str, "int": int, "float": float}
-    section = text.split("/train_dreambooth_flax.py (")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `--(\w+)` \| (.+?) \| `(.*?)` \|", section, flags=re.MULTILINE)
-    there = {name: (kinds[kind], ast.literal_eval(default)) for name, kind, default in rows}
+    there = table_of_script(text, "train_dreambooth_flax.py")
     assert len(there) == 34 and there == {name: (kind, default) for name, (kind, default, _) in FLAX.items()}
 
 

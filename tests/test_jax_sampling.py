@@ -16,17 +16,15 @@ from torch import Tensor
 from diffusion_lessons import miniature
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.jax.sampling import (
-    NoiseSchedule,
+    check_served,
     compiled_sampler,
     denoise_latents,
     guided,
-    read_schedule,
-    schedule_from,
+    read_sampler,
     seeded_noise,
     step_table,
-    suited,
-    visited_timesteps,
 )
+from diffusion_lessons.stable_diffusion.drawing import scheduler_trained_with
 
 torch.set_num_threads(1)
 CLASSES = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
@@ -73,17 +71,17 @@ def their_walk(sampler: str, settings: dict, steps: int, x: Tensor):
 def test_every_step_is_that_of_diffusers(sampler, spacing, kind, betas):
     """From the same latents and the same prediction, in 1 to 50 steps; what the table says, without any loop."""
     settings = {**betas, "timestep_spacing": spacing, "prediction_type": kind, "steps_offset": 1}
-    schedule, noise = NoiseSchedule(**settings), torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    np.testing.assert_allclose(schedule.alphas_cumprod(), their_scheduler(sampler, settings).alphas_cumprod, rtol=1e-6)
+    scheduler = their_scheduler(sampler, settings)
+    noise = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     for steps in (1, 2, 5, 20, 50):
-        table, last = step_table(schedule, sampler, steps), 0.0
+        table, last = step_table(scheduler, steps), 0.0
         walk = list(their_walk(sampler, settings, steps, noise))
         assert table.timestep.tolist() == [t for *_, t in walk] and len(walk) == steps
         for row, (x, prediction, after, t) in zip(zip(*table, strict=True), walk, strict=True):
             guess = row[1] * x.numpy() + row[2] * prediction.numpy()
             ours, last = row[3] * x.numpy() + row[4] * guess + row[5] * last, guess
             # Where next to no signal is left, a guess from a predicted noise is a difference of two large numbers.
-            rounding = 3e-6 / schedule.alphas_cumprod()[t] ** 0.5 if kind == "epsilon" else 0
+            rounding = 3e-6 / float(scheduler.alphas_cumprod[t]) ** 0.5 if kind == "epsilon" else 0
             limit = 1e-4 if betas is STABLE_DIFFUSION else max(1e-4, rounding)
             assert off(ours, after) <= limit, (steps, t)
 
@@ -93,7 +91,7 @@ def test_every_step_is_that_of_diffusers(sampler, spacing, kind, betas):
 def test_the_loop_ends_where_diffusers_ends(steps, kind):
     """With a network of its own on each side; one program for both solvers and all spacings."""
     settings = {**STABLE_DIFFUSION, "prediction_type": kind, "steps_offset": 1}
-    bars = jnp.asarray(NoiseSchedule(**settings).alphas_cumprod(), jnp.float32)
+    bars = jnp.asarray(their_scheduler("ddim", settings).alphas_cumprod.numpy())
     mean = jnp.asarray(MEAN.permute(0, 2, 3, 1).numpy())
     walk = jax.jit(lambda table, x: denoise_latents(lambda y, t: exact(y, bars[t], kind, mean), table, x))
     noise = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -101,7 +99,7 @@ def test_the_loop_ends_where_diffusers_ends(steps, kind):
         for spacing in ("leading", "linspace", "trailing"):
             spaced = settings | {"timestep_spacing": spacing}
             *_, (_, _, theirs, _) = their_walk(sampler, spaced, steps, noise)
-            table = step_table(NoiseSchedule(**spaced), sampler, steps)
+            table = step_table(their_scheduler(sampler, spaced), steps)
             clean, guesses = walk(table, noise.permute(0, 2, 3, 1).numpy())
             assert clean.shape == (2, 6, 6, 4) and guesses.shape == (steps, 2, 6, 6, 4)
             assert off(clean, theirs.permute(0, 2, 3, 1)) <= 1e-4, (sampler, spacing)
@@ -126,8 +124,8 @@ def test_the_habits_of_a_folder_are_followed(settings):
         accepted = inspect.signature(kind.__init__).parameters
         known = {name: value for name, value in settings.items() if name in accepted}
         full = {**STABLE_DIFFUSION, "prediction_type": "v_prediction", **known}
-        table = step_table(NoiseSchedule(**full), sampler, 8)
-        plain = step_table(NoiseSchedule(**STABLE_DIFFUSION, prediction_type="v_prediction"), sampler, 8)
+        table = step_table(their_scheduler(sampler, full), 8)
+        plain = step_table(their_scheduler(sampler, STABLE_DIFFUSION | {"prediction_type": "v_prediction"}), 8)
         moved += any(not np.array_equal(one, other) for one, other in zip(table, plain, strict=True))
         x, last = noise.numpy(), 0.0
         walk = list(their_walk(sampler, full, 8, noise))
@@ -149,37 +147,53 @@ def test_the_habits_of_a_folder_are_followed(settings):
         ({"solver_type": "heun"}, "solver_type 'heun'"),
         ({"solver_order": 3}, "solver_order 3"),
         ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
-        ({"timestep_spacing": "even"}, "timestep_spacing 'even'"),
-        ({"final_sigmas_type": "none"}, "final_sigmas_type 'none'"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(setting, word):
     with pytest.raises(InputError) as error:
-        schedule_from(STABLE_DIFFUSION | setting)
+        check_served(STABLE_DIFFUSION | setting)
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
-def test_steps_and_samplers_that_there_are_not_are_refused():
-    schedule = NoiseSchedule()
-    for sampler, steps, words in (("euler", 5, "--sampler euler"), ("ddim", 0, "--num_inference_steps 0"),
-                                  ("ddim", 1001, "1001"), ("dpmsolver++", 1000, "--num_inference_steps 1000")):
-        leading = NoiseSchedule(timestep_spacing="leading") if steps == 1000 else schedule
-        with pytest.raises(InputError, match=words):
-            visited_timesteps(leading, sampler, steps)
+def test_a_scheduler_with_such_a_setting_makes_no_table():
+    with pytest.raises(InputError, match="use_karras_sigmas True"):
+        step_table(DPMSolverMultistepScheduler(**STABLE_DIFFUSION, use_karras_sigmas=True), 5)
 
 
-def test_a_folder_is_read_as_it_is(tmp_path):
-    schedule = read_schedule(miniature.path())
-    assert (schedule.beta_schedule, schedule.timestep_spacing, schedule.lambda_min_clipped) == (
+def test_a_flow_model_has_no_such_noise():
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler belongs to a flow model"):
+        scheduler_trained_with(STABLE_DIFFUSION | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+
+
+def test_steps_that_there_are_not_are_refused():
+    for sampler, spacing, steps in (
+            ("ddim", "trailing", 0), ("ddim", "trailing", 1001), ("dpmsolver++", "leading", 1000)):
+        scheduler = their_scheduler(sampler, STABLE_DIFFUSION | {"timestep_spacing": spacing})
+        with pytest.raises(InputError, match=f"--num_inference_steps {steps}"):
+            step_table(scheduler, steps)
+
+
+def test_a_table_leaves_its_scheduler_as_it_is():
+    scheduler = their_scheduler("dpmsolver++", STABLE_DIFFUSION)
+    scheduler.set_timesteps(7)
+    step_table(scheduler, 20)
+    assert len(scheduler.timesteps) == 7
+
+
+def test_a_folder_is_drawn_from_as_on_the_pytorch_side(tmp_path):
+    solver, ddim = (read_sampler(miniature.path(), sampler) for sampler in ("dpmsolver++", "ddim"))
+    assert isinstance(solver, DPMSolverMultistepScheduler) and isinstance(ddim, DDIMScheduler)
+    assert (solver.config.beta_schedule, solver.config.timestep_spacing, solver.config.lambda_min_clipped) == (
         "scaled_linear", "trailing", -5.1)  # fmt: skip
-    with pytest.raises(InputError, match="FileNotFoundError"):
-        read_schedule(tmp_path)
+    with pytest.raises(InputError, match="scheduler_config.json"):
+        read_sampler(tmp_path)
+    with pytest.raises(InputError, match="--sampler euler"):
+        read_sampler(miniature.path(), "euler")
     (tmp_path / "scheduler").mkdir()
-    other = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(other))
-    assert read_schedule(tmp_path) == NoiseSchedule(steps_offset=1), "what is another class's alone is passed over"
+    pndm = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
+    for other in (pndm, {"beta_schedule": "sigmoid"}):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(other))
+        assert step_table(read_sampler(tmp_path), 5).timestep[0] >= 990, "from where training ended"
 
 
 def test_guidance_is_the_formula_in_one_pass():
@@ -204,8 +218,7 @@ def test_the_miniature_draws_the_pictures_of_the_pytorch_side():
     """Its UNet is PyTorch's on both sides; solver, guidance and noise are JAX's on one."""
     from diffusers import StableDiffusionPipeline
 
-    from diffusion_lessons.diffusion.samplers import make_sampler
-    from diffusion_lessons.stable_diffusion.drawing import encode_guidance, training_scheduler
+    from diffusion_lessons.stable_diffusion.drawing import encode_guidance
 
     pipeline = StableDiffusionPipeline.from_pretrained(miniature.path())
     pipeline.set_progress_bar_config(disable=True)
@@ -222,8 +235,8 @@ def test_the_miniature_draws_the_pictures_of_the_pytorch_side():
 
     sample, noise = compiled_sampler(network), seeded_noise([0, 1], channels, side, side)
     for sampler in CLASSES:
-        pipeline.scheduler = make_sampler(training_scheduler(pipeline), sampler)
-        table = step_table(suited(read_schedule(miniature.path())), sampler, 4)
+        pipeline.scheduler = read_sampler(miniature.path(), sampler)
+        table = step_table(pipeline.scheduler, 4)
         ours = sample(None, table, noise, towards.numpy(), away.numpy(), 5.0)
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         theirs = pipeline(prompt_embeds=towards, negative_prompt_embeds=away, num_inference_steps=4,

@@ -12,20 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusion_lessons import miniature
-from diffusion_lessons.dreambooth.lora import (
-    ADAPTED,
+from diffusion_lessons.dreambooth.adapters import (
     KOHYA_FILE,
     LORA_FILE,
     AdapterFile,
-    adapter_size,
     adapter_state,
-    add_adapters,
     check_adapter,
     load_adapter,
     read_adapter,
     save_adapters,
     to_kohya,
 )
+from diffusion_lessons.dreambooth.lora import ADAPTED, adapter_size, add_adapters
 from diffusion_lessons.engine.config import InputError
 from diffusion_lessons.stable_diffusion.drawing import draw
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INTERPOLATION', 'PRECISIONS', 'RECIPES', 'OFFLOADING', 'MORE_COSTS', 'LESS_COSTS', 'LEARNING_RATE',
            'LORA_LEARNING_RATE', 'DREAMBOOTH_PRESETS', 'ModelOptions', 'SubjectOptions', 'PriorOptions',
-           'TrainedOptions', 'AdapterOptions', 'LoopOptions', 'LookOptions', 'OtherModelOptions', 'costs_more',
-           'DreamBoothConfig', 'parse_dreambooth', 'train_dreambooth']
+           'TrainedOptions', 'AdapterOptions', 'LoopOptions', 'LookOptions', 'OtherModelOptions', 'refuse_given',
+           'costs_more', 'DreamBoothConfig', 'parse_dreambooth', 'train_dreambooth']
 
 # %% ../../nbs/workshop/87_dreambooth_config.ipynb #2e008319
 import os
@@ -126,10 +126,20 @@ class LookOptions:
 class OtherModelOptions:
     """Flags that are known, and refused with the reason."""
 
-    text_encoder_use_attention_mask: bool = option(False, "refused: it serves DeepFloyd IF")
-    skip_save_text_encoder: bool = option(False, "refused: it serves DeepFloyd IF")
-    validation_images: list[str] | None = option(None, "refused: it serves upscalers")
-    class_labels_conditioning: str | None = option(None, "refused: it serves DeepFloyd IF")
+    text_encoder_use_attention_mask: bool = option(False, "refused: serves DeepFloyd IF only")
+    skip_save_text_encoder: bool = option(False, "refused: serves DeepFloyd IF only")
+    validation_images: list[str] | None = option(None, "refused: serves upscalers only")
+    class_labels_conditioning: str | None = option(None, "refused: serves DeepFloyd IF only")
+
+
+def refuse_given(config: Any, group: type, line: str) -> None:
+    """Raise InputError for a field of a group that is not at its default; in the line, {} is the reason.
+
+    group: a dataclass whose help reads "refused: reason".
+    """
+    for each in fields(group):
+        value, reason = getattr(config, each.name), each.metadata["help"].removeprefix("refused: ")
+        require(value in (each.default, []), each.name, value, line.format(reason))
 
 # %% ../../nbs/workshop/87_dreambooth_config.ipynb #bba17197
 RECIPES: dict[str, dict[str, Any]] = {
@@ -255,7 +265,7 @@ class DreamBoothConfig(OtherModelOptions, RunConfig, LookOptions, LoopOptions, A
     def check(self) -> None:
         """Raise InputError for a value that no run can use."""
         super().check()
-        self._check_other_models()
+        refuse_given(self, OtherModelOptions, "{}; Stable Diffusion has no use for it, leave it out")
         self._check_given()
         self._check_together()
         self._check_full_bf16()
@@ -269,13 +279,6 @@ class DreamBoothConfig(OtherModelOptions, RunConfig, LookOptions, LoopOptions, A
         require(self.prior_loss_weight >= 0, "prior_loss_weight", self.prior_loss_weight, "must be 0 or more")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be at least 0 and below 1")
         require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "must be above 0")
-
-    def _check_other_models(self) -> None:
-        """Flags that serve models of another kind."""
-        for each in fields(OtherModelOptions):
-            value, serves = getattr(self, each.name), each.metadata["help"].removeprefix("refused: it serves ")
-            require(not value, each.name, value,
-                    f"serves {serves} only; Stable Diffusion has no use for it, leave it out")
 
     def _check_given(self) -> None:
         """What has to be there."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..diffusion.sampling import sample_images
 from ..diffusion.pipelines import SERVED_PIPELINES, load_unconditional, pipeline_index, read_unconditional
 from .drawing_config import GenerationConfig, parse_generation
-from .loading import TRAINABLE_PARTS, check_new_folder, find_base, load_for_drawing
+from .loading import TRAINABLE_PARTS, find_base, load_for_drawing
 from .loading import loading_of, run_config, save_as_model
 from .subject import identifier_words, instance_source, middle, read_pictures, words_of
 from ..engine.checkpoints import without_warnings
@@ -36,6 +36,7 @@ from ..engine.precision import drawing_precision
 from ..engine.tracking import say
 from ..pictures.sheets import comparison_sheet
 from ..stable_diffusion.drawing import check_drawing, draw
+from ..stable_diffusion.folder import check_new_folder
 from ..stable_diffusion.prompts import context_notes
 
 # %% ../../nbs/dreambooth/38_draw.ipynb #1acfe974
@@ -237,7 +238,7 @@ def check_before_drawing(config: GenerationConfig) -> None:
             'say what to draw: --prompt "a photo of a butterfly on snow"')
     check_drawing(config.size, config.num_inference_steps, config.guidance_scale)
     if config.save_pipeline is not None:
-        check_new_folder(config.save_pipeline)
+        check_new_folder(config.save_pipeline, f"--save_pipeline {config.save_pipeline}")
 
 
 def draw_and_save(config: GenerationConfig, base: str, pipeline: StableDiffusionPipeline) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAINABLE_PARTS', 'OLD_WEIGHT_FILES', 'load_parts', 'check_same_shape', 'same_weights', 'rename_for', 'fits',
            'read_weights', 'load_old_layout', 'load_checkpoint', 'run_config', 'loading_of', 'load_for_drawing',
-           'check_model_path', 'find_base', 'check_new_folder', 'save_as_model']
+           'check_model_path', 'find_base', 'save_as_model']
 
 # %% ../../nbs/workshop/90_loading.ipynb #482dc4c9
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ from transformers import CLIPTextModel
 from .adapters import LORA_FILE, load_adapter
 from .drawing_config import GenerationConfig
 from ..stable_diffusion.prompts import set_context
-from ..engine.checkpoints import PROGRESS, atomic_folder, load_part
+from ..engine.checkpoints import PROGRESS, load_part
 from ..engine.output_folder import CONFIG_NAME
 from ..engine.commands import one_line
 from ..engine.config import InputError, require
-from ..stable_diffusion.folder import find_model, load_pipeline, read_json, write_model
+from ..stable_diffusion.folder import check_new_folder, find_model, load_pipeline, read_json, write_new_model
 from ..stable_diffusion.prompts import find_tokenizer
 
 # %% ../../nbs/workshop/90_loading.ipynb #7ef0a320
@@ -190,14 +190,6 @@ def find_base(config: GenerationConfig) -> str:
         raise InputError(f"--model_path is missing: {source} does not say which model it was trained from")
     return base
 
-# %% ../../nbs/workshop/90_loading.ipynb #abfcf4cb
-def check_new_folder(folder: str | Path) -> Path:
-    """Raise InputError unless a folder for a model is new or empty."""
-    folder = Path(folder)
-    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), "save_pipeline", folder,
-            "holds something already; name a new folder")
-    return folder
-
 # %% ../../nbs/workshop/90_loading.ipynb #f60b62ff
 def save_as_model(pipeline: StableDiffusionPipeline, base: str | Path, folder: str | Path, variant: str | None = None,
                   parts: Sequence[str] = tuple(TRAINABLE_PARTS)) -> None:
@@ -207,17 +199,10 @@ def save_as_model(pipeline: StableDiffusionPipeline, base: str | Path, folder: s
     parts: what is written as it is in memory.
     Raises InputError for a folder in use, or one that cannot be written.
     """
-    folder = check_new_folder(folder)
+    said = f"--save_pipeline {folder}"
+    check_new_folder(folder, said)  # before an adapter is added to the weights for good
     if getattr(pipeline.unet, "peft_config", None):
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     changed = {name: getattr(pipeline, name) for name in parts}
-    try:
-        if folder.is_dir():
-            folder.rmdir()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as partial:
-            write_model(partial, find_model(base, variant=variant), changed, variant)
-    except OSError as error:
-        raise InputError(f"--save_pipeline {folder}: cannot be written ({error.strerror or error}); "
-                         "name another folder") from None
+    write_new_model(folder, find_model(base, variant=variant), changed, variant, said)

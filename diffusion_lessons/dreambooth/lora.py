@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from .adapters import KOHYA_FILE, LORA_FILE, AdapterFile  # noqa: F401 - as before
-from .adapters import adapter_state, check_adapter, load_adapter  # noqa: F401 - as before
-from .adapters import read_adapter, save_adapters, to_kohya  # noqa: F401 - as before
-
 # %% ../../nbs/dreambooth/34_lora.ipynb #74c39aef
 # The attention projections: of the UNet by diffusers' names, of the text encoder by transformers'.
 ADAPTED = {"unet": ["to_k", "to_q", "to_v", "to_out.0"], "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"]}

@@ -25,7 +25,6 @@ from .lora import adapter_size
 from .memory import choose_models, networks_of, precision_plan
 from .preparation import check_before_work, choose_loss, dry_run, find_sources
 from .preparation import load_for_training, settle_seed
-from .preparation import disk_needed, load_model, measure_run, model_notes  # noqa: F401 - as before
 from .subject import SubjectData, load_subject
 from ..engine.checkpointer import is_over
 from ..engine.checkpoints import list_checkpoints

@@ -10,10 +10,10 @@ __all__ = ['DREAMBOOTH_JAX_PRESETS', 'JAX_PACKAGES', 'FlaxOptions', 'FlaxDefault
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ..dreambooth.config import DREAMBOOTH_PRESETS, DreamBoothConfig
+from ..dreambooth.config import DREAMBOOTH_PRESETS, DreamBoothConfig, refuse_given
 from ..engine.command_line import LaunchOptions, parse_command_line
 from ..engine.config import InputError, option, require
 
@@ -75,7 +75,7 @@ class DreamBoothJaxConfig(TorchOnlyOptions, FlaxDefaults, FlaxOptions, DreamBoot
 
     def check(self) -> None:
         """Raise InputError for a value that no run in JAX can use."""
-        self._check_torch_only()
+        refuse_given(self, TorchOnlyOptions, "does not go with JAX: {}")
         for name in ("mixed_precision", "prior_generation_precision"):
             require(getattr(self, name) != "fp16", name, "fp16",
                     "needs a scaled loss, which JAX does not have here; take bf16, or train-dreambooth")
@@ -84,12 +84,6 @@ class DreamBoothJaxConfig(TorchOnlyOptions, FlaxDefaults, FlaxOptions, DreamBoot
         vae, output = self.pretrained_vae_name_or_path, os.path.realpath(self.output_dir)
         require(vae is None or not f"{os.path.realpath(vae)}{os.sep}".startswith(f"{output}{os.sep}"),
                 "pretrained_vae_name_or_path", vae, "lies in --output_dir, which a new run clears; name another one")
-
-    def _check_torch_only(self) -> None:
-        """Flags that only the PyTorch command has; with their default they ask for nothing."""
-        for each in fields(TorchOnlyOptions):
-            value, reason = getattr(self, each.name), each.metadata["help"].removeprefix("refused: ")
-            require(value == each.default, each.name, value, f"does not go with JAX: {reason}")
 
 # %% ../../nbs/jax/58_config.ipynb #e638d816
 DREAMBOOTH_JAX_PRESETS: dict[str, dict[str, Any]] = {

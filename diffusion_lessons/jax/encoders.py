@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from .layers import (Downsample, LayerMaker, NetworkConfig, ResnetBlock, Upsample, attend,
-                                          require_served)
+from .layers import Downsample, LayerMaker, NetworkConfig, ResnetBlock, Upsample, attend
+from .layers import require_served
 
 # %% ../../nbs/jax/53_encoders_in_jax.ipynb #2a487f2b
 def quick_gelu(hidden: Array) -> Array:

@@ -23,12 +23,11 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..engine.checkpoints import atomic_folder
 from ..engine.config import InputError
-from .encoders import Autoencoder, VAEConfig, TextConfig, TextEncoder
+from .encoders import Autoencoder, TextConfig, TextEncoder, VAEConfig
 from .layers import LayerMaker, NetworkConfig, fill, weights_of
 from .unet import UNet, UNetConfig
-from ..stable_diffusion.folder import COPY_AGAIN, find_model, read_json, weight_files, write_model
+from ..stable_diffusion.folder import COPY_AGAIN, find_model, read_json, weight_files, write_new_model
 
 # %% ../../nbs/jax/55_folders_in_jax.ipynb #67d5724b
 # What VAEs saved before diffusers 0.17 call the layers of their attention, and what everyone calls them since.
@@ -172,14 +171,4 @@ def write_folder(model: StableDiffusion, output: str | Path, trained: Sequence[s
     trained: the parts that are written from memory; all others are copied from the source, bit for bit.
     Raises InputError for a folder in use, or one that cannot be written.
     """
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output}: holds something already; name a new folder")
-    try:
-        if output.is_dir():
-            output.rmdir()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(output) as unfinished:
-            write_model(unfinished, model.source, trained_parts(model, trained), model.variant)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror or error}); name another folder") from None
+    write_new_model(output, model.source, trained_parts(model, trained), model.variant)

@@ -15,8 +15,8 @@ from flax import nnx
 from jax import Array
 from jax import numpy as jnp
 
-from .layers import (Downsample, LayerMaker, NetworkConfig, PictureTransformer, ResnetBlock,
-                                          TimeEmbedding, Upsample, call, per_block, require_served, timestep_features)
+from .layers import Downsample, LayerMaker, NetworkConfig, PictureTransformer, ResnetBlock
+from .layers import TimeEmbedding, Upsample, call, per_block, require_served, timestep_features
 
 # %% ../../nbs/jax/51_unet_in_jax.ipynb #0029b157
 PLAIN, ATTENDING = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")

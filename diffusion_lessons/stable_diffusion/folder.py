@@ -6,7 +6,8 @@
 __all__ = ['NETWORKS', 'SERVED_MODELS', 'COPY_AGAIN', 'NEVER_LOADED', 'MINIATURE_TEXT_WIDTH', 'CODE_CARRYING_SUFFIXES',
            'FILES_OF_OTHER_PARTS', 'shipped', 'read_json', 'read_index', 'check_kind', 'variant_of', 'without_variant',
            'weight_files', 'weights_dtype', 'part_fault', 'check_parts', 'find_model', 'download', 'load_pipeline',
-           'network_fingerprints', 'load_clip', 'write_model', 'ask_for_32_bits', 'copy_part']
+           'network_fingerprints', 'load_clip', 'write_model', 'ask_for_32_bits', 'copy_part', 'check_new_folder',
+           'write_new_model']
 
 # %% ../../nbs/workshop/80_folder.ipynb #f931c4ed
 import hashlib
@@ -25,7 +26,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline,
 from safetensors import safe_open
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from ..engine.checkpoints import folder_fault, is_plain_name, load_part, without_warnings, write_json
+from ..engine.checkpoints import atomic_folder, folder_fault, is_plain_name, load_part, without_warnings
+from ..engine.checkpoints import write_json
 from ..engine.commands import one_line
 from ..engine.config import InputError
 from .prompts import load_tokenizer
@@ -286,3 +288,31 @@ def copy_part(source: Path, target: Path, variant: str | None) -> bool:
         elif path not in weights:
             shutil.copyfile(path, target / path.name)
     return True
+
+# %% ../../nbs/workshop/80_folder.ipynb #eb2c19e0
+#| code-fold: true
+#| code-summary: "The same into a new folder, whole or not at all"
+def check_new_folder(folder: str | Path, said: str) -> Path:
+    """Raise InputError, which `said` begins, unless a folder for a model is new or empty."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{said}: holds something already; name a new folder")
+    return folder
+
+
+def write_new_model(folder: str | Path, base: Path, changed: Mapping[str, Any], variant: str | None = None,
+                    said: str = "") -> None:
+    """`write_model` into a new or empty folder, which appears whole or not at all.
+
+    said: how errors begin; by default the folder. Raises InputError for a folder in use, or one that cannot be written.
+    """
+    said = said or str(folder)
+    folder = check_new_folder(folder, said)
+    try:
+        if folder.is_dir():
+            folder.rmdir()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as partial:
+            write_model(partial, base, changed, variant)
+    except OSError as error:
+        raise InputError(f"{said}: cannot be written ({error.strerror or error}); name another folder") from None
