@@ -25,6 +25,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from PIL import Image
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -120,9 +121,12 @@ def execute(path: Path, folder: Path, timeout: float) -> tuple[object, str | Non
     """Run one lesson with `folder` as its working directory; return the notebook and what went wrong, if anything."""
     notebook = nbformat.read(path, as_version=4)
     deadline = time.monotonic() + timeout
+    sockets = tempfile.TemporaryDirectory()
     client = LessonClient(
         notebook,
         kernel_name="python3",
+        # sockets that are files: two kernels that start at once can be given the same free port
+        config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets.name}/kernel"}),
         resources={"metadata": {"path": str(folder)}},
         timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),
         record_timing=False,
@@ -139,6 +143,8 @@ def execute(path: Path, folder: Path, timeout: float) -> tuple[object, str | Non
         kind = f"more than {timeout:.0f} s" if isinstance(error, CellTimeoutError) else type(error).__name__
         place = f"{path.name}, cell {index} ({first_line.strip()[:60]!r})"
         return notebook, f"{place}: {kind}\n{COLOURS.sub('', str(error))}"
+    finally:
+        sockets.cleanup()
     tidy(notebook)
     return notebook, None
 

@@ -10,7 +10,7 @@ __all__ = ['DREAMBOOTH_JAX_PRESETS', 'JAX_PACKAGES', 'FlaxOptions', 'FlaxDefault
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from ..dreambooth.config import DREAMBOOTH_PRESETS, DreamBoothConfig, refuse_given
