@@ -337,7 +337,7 @@ def test_weights_in_bf16_lie_in_a_checkpoint_as_they_are(tmp_path):
 
 def test_what_is_said_of_the_stored_format_is_true(tmp_path):
     def notes(stored: str, **chosen) -> str:
-        return " ".join(model_notes(config(tmp_path, resolution=64, **chosen), pipeline, stored_as(stored)))
+        return " ".join(model_notes(config(tmp_path, resolution=64, **chosen), 64, stored_as(stored)))
 
     def stored_as(name: str) -> Path:
         folder = tmp_path / name

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE_FILE', 'GENERATED_NAME', 'SYSTEM_FILES', 'ABANDONED_AFTER', 'generation_recipe', 'recipe_key',
            'check_class_folder', 'sort_class_folder', 'missing_numbers', 'save_picture', 'generate_missing',
-           'held_folder', 'read_recipes', 'note_recipe', 'tidy_class_folder', 'choose_class_images',
+           'save_drawn', 'held_folder', 'read_recipes', 'note_recipe', 'tidy_class_folder', 'choose_class_images',
            'pictures_of_subject', 'subject_notes', 'ensure_class_images']
 
 # %% ../../nbs/workshop/89_class_images.ipynb #b32a21f5
@@ -119,13 +119,22 @@ def generate_missing(folder: Path, key: str, numbers: Sequence[int], recipe: dic
     numbers: of this process. batch_size: pictures drawn at a time. quiet: without a progress bar. device: where to
     draw; None: where the networks lie.
     """
-    batches = [numbers[first : first + batch_size] for first in range(0, len(numbers), batch_size)]
     settings = {name: recipe[name] for name in ("num_inference_steps", "guidance_scale")}
-    for batch in tqdm(batches, "class images", disable=quiet, unit="batch", delay=2):
+
+    def draw_some(seeds: Sequence[int]) -> Tensor:
         with drawing_with(pipeline, recipe["solver"]):
-            pictures = draw(pipeline, [recipe["prompt"]] * len(batch), seeds=batch, batch_size=batch_size,
-                            device=device, **settings)
-        for number, pixels in zip(batch, pictures, strict=True):
+            return draw(pipeline, [recipe["prompt"]] * len(seeds), seeds=seeds, batch_size=batch_size, device=device,
+                        **settings)
+
+    save_drawn(folder, key, numbers, draw_some, batch_size, quiet)
+
+
+def save_drawn(folder: Path, key: str, numbers: Sequence[int], draw_some: Callable[[Sequence[int]], Tensor],
+               batch_size: int, quiet: bool = False) -> None:
+    """Write what `draw_some` draws from the noise of these numbers: uint8 (N, 3, H, W), of some numbers at a time."""
+    batches = [numbers[first : first + batch_size] for first in range(0, len(numbers), batch_size)]
+    for batch in tqdm(batches, "class images", disable=quiet, unit="batch", delay=2):
+        for number, pixels in zip(batch, draw_some(batch), strict=True):
             save_picture(pixels, folder / f"generated-{key}-{number:05d}.png")
 
 # %% ../../nbs/workshop/89_class_images.ipynb #9de5f862

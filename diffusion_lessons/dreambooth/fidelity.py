@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['without_words', 'read_rows', 'write_rows', 'forget_rows', 'encoder_key', 'score_of', 'FidelityTable', 'load_encoder',
-           'load_subject_encoder', 'load_encoders', 'check_encoders', 'make_table', 'keep_advice']
+           'load_subject_encoder', 'load_encoders', 'check_encoders', 'make_table', 'keep_advice', 'verdict']
 
 # %% ../../nbs/workshop/88_fidelity.ipynb #045afc7b
 import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AutoConfig
 
 from .config import DreamBoothConfig
 from .subject import identifier_words, words_of
+from ..engine.checkpoints import list_checkpoints
 from ..engine.commands import one_line
 from ..engine.config import InputError, require
 from ..engine.tracking import say
@@ -105,9 +107,12 @@ class FidelityTable:
 
         step: what the row is called. settings: of `draw`, such as `num_inference_steps` and `size` in pixels.
         """
+        return self.measure_drawn(partial(draw, pipeline, **settings), step)
+
+    def measure_drawn(self, drawing: Callable[..., Tensor], step: int) -> dict[str, Any]:
+        """The same row, of whatever draws; drawing: prompts, `seed` and `guidance_scale` to uint8 (N, 3, H, W)."""
         asked = dict.fromkeys([self.instance_prompt, *filter(None, [self.class_prompt]), *self.prompts])
-        drawn = {prompt: draw(pipeline, [prompt] * self.number, seed=self.seed, guidance_scale=7.5, **settings)
-                 for prompt in asked}
+        drawn = {prompt: drawing([prompt] * self.number, seed=self.seed, guidance_scale=7.5) for prompt in asked}
         # A run draws in its own precision; the encoders' cosines would be too coarse in 16 bits.
         devices = {each.model.device.type for each in (self.encoder, self.subject_encoder)}
         with contextlib.ExitStack() as in_full:
@@ -250,3 +255,11 @@ def keep_advice(table: FidelityTable, kept: Sequence[int], last: int, output_dir
     elif of_all not in kept:
         advice += f"; step {of_all} was better, its checkpoint is gone: raise --checkpoints_total_limit"
     return advice
+
+
+def verdict(table: FidelityTable, config: DreamBoothConfig, last: int) -> str:
+    """The table of a run that ended at step `last`, and one line that names the checkpoint to keep, if one is there."""
+    output_dir = Path(config.output_dir)
+    kept = [] if config.checkpoints_total_limit == 0 else [each.step for each in list_checkpoints(output_dir)]
+    advice = keep_advice(table, kept, last, output_dir)
+    return str(table) if advice is None else f"{table}\n{advice}"

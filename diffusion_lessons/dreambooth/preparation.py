@@ -121,14 +121,14 @@ def load_for_training(config: DreamBoothConfig, plan: PrecisionPlan | None = Non
     noise_scheduler = training_scheduler(pipeline)
     solver = {"DPMSolverMultistepScheduler": "dpmsolver++", "DDPMScheduler": "ddpm"}[config.validation_scheduler]
     pipeline.scheduler = make_sampler(noise_scheduler, solver)
-    for note in model_notes(config, pipeline, folder):
+    for note in model_notes(config, pipeline.unet.config.sample_size * pipeline.vae_scale_factor, folder):
         say(f"note: {note}")
     return pipeline, noise_scheduler
 
 # %% ../../nbs/dreambooth/39_preparation.ipynb #9745c07c
-def model_notes(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, folder: Path) -> list[str]:
-    """What one should know about a model and these settings: another size, weights of 16 bits."""
-    notes, own = [], pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+def model_notes(config: DreamBoothConfig, own: int, folder: Path) -> list[str]:
+    """What one should know about a model and these settings: another size than its own, weights of 16 bits."""
+    notes = []
     if config.resolution != own:
         notes.append(f"--resolution {config.resolution}: the model was trained at {own} px and is best there")
     stored = weights_dtype(folder / "unet", config.variant)

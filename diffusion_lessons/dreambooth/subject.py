@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DECODE_FACTOR', 'RESAMPLING', 'RARE_WORDS', 'ORDINARY_TOKENS', 'instance_source', 'fit_shorter_side', 'read_pictures',
            'middle', 'CroppedPairs', 'EncodedPairs', 'encoded_pairs', 'words_of', 'identifier_words', 'single_tokens',
-           'identifier_notes', 'Prompts', 'SubjectData', 'pictures_fingerprint', 'note_crops', 'load_subject']
+           'identifier_notes', 'Prompts', 'SubjectData', 'pictures_fingerprint', 'note_crops', 'say_notes',
+           'data_fingerprint', 'load_subject']
 
 # %% ../../nbs/dreambooth/30_subject.ipynb #f1fd86cf
 import hashlib
@@ -260,6 +261,26 @@ def note_crops(groups: Sequence[Sequence[np.ndarray]]) -> None:
         say(f"note: {wide} pictures are not square and their middle is taken; for random crops add --no_cache_latents")
 
 
+def say_notes(config: DreamBoothConfig, sources: Sequence[Source], tokenizer: CLIPTokenizer) -> None:
+    """Say what one should know about pictures and prompts before training, each thing once."""
+    notes = [note for source in sources for note in source.notes]
+    notes += context_notes(tokenizer, [config.instance_prompt, config.class_prompt or "",
+                                       *(config.validation_prompt or [])])
+    notes += identifier_notes(config.instance_prompt, config.class_prompt, tokenizer)
+    for note in dict.fromkeys(notes):
+        say(f"note: {note}")
+
+
+def data_fingerprint(config: DreamBoothConfig, groups: Sequence[Sequence[np.ndarray]], known: Mapping[str, str]) -> str:
+    """What a resumed run compares: the pictures, and the weights that are not in its checkpoints.
+
+    known: fingerprints of the model's networks, by name.
+    """
+    frozen = {"vae"} | (set() if config.train_text_encoder and not config.lora else {"text_encoder"})
+    frozen |= {"unet"} if config.lora else set()
+    return " ".join([pictures_fingerprint(groups), *(known[name] for name in sorted(frozen))])
+
+
 def load_subject(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, sources: Sequence[Source],
                  fingerprints: Mapping[str, str] | None = None) -> SubjectData:
     """Read the pictures of the subject and of the class, and encode what can be encoded once.
@@ -270,12 +291,7 @@ def load_subject(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, so
     config = config.resolve()
     groups = [read_pictures(source, config.resolution, config.image_interpolation_mode, config.on_bad_image)
               for source in sources]
-    notes = [note for source in sources for note in source.notes]
-    notes += context_notes(pipeline.tokenizer, [config.instance_prompt, config.class_prompt or "",
-                                                *(config.validation_prompt or [])])
-    notes += identifier_notes(config.instance_prompt, config.class_prompt, pipeline.tokenizer)
-    for note in dict.fromkeys(notes):
-        say(f"note: {note}")
+    say_notes(config, sources, pipeline.tokenizer)
     if config.cache_latents:
         if not config.center_crop:
             note_crops(groups)
@@ -283,10 +299,7 @@ def load_subject(config: DreamBoothConfig, pipeline: StableDiffusionPipeline, so
     else:
         dataset = CroppedPairs(groups, config.resolution, config.center_crop, config.train_batch_size)
     prompts = [config.instance_prompt, config.class_prompt][: len(groups)]
-    # What a resumed run compares: the pictures, and the weights that are not in its checkpoints.
     known = fingerprints or network_fingerprints(Path(pipeline.name_or_path), config.variant)
-    frozen = {"vae"} | (set() if config.train_text_encoder and not config.lora else {"text_encoder"})
-    frozen |= {"unet"} if config.lora else set()
-    dataset.fingerprint = " ".join([pictures_fingerprint(groups), *(known[name] for name in sorted(frozen))])
+    dataset.fingerprint = data_fingerprint(config, groups, known)
     return SubjectData(dataset, Prompts(pipeline, prompts, config.train_text_encoder), pipeline.vae,
                        middle(groups[0], config.resolution))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .adapters import AdapterFile, save_adapters
 from .config import DREAMBOOTH_PRESETS, DreamBoothConfig
-from .fidelity import FidelityTable, forget_rows, keep_advice, load_encoders, make_table
+from .fidelity import FidelityTable, forget_rows, load_encoders, make_table, verdict
 from .fit import card_memory, check_fit, settle_recipe
 from .loop import dreambooth_loop, look_at_prompts
 from .lora import adapter_size
@@ -27,7 +27,6 @@ from .preparation import check_before_work, choose_loss, dry_run, find_sources
 from .preparation import load_for_training, settle_seed
 from .subject import SubjectData, load_subject
 from ..engine.checkpointer import is_over
-from ..engine.checkpoints import list_checkpoints
 from ..engine.command_line import LaunchOptions
 from ..engine.commands import launch, training_command
 from ..engine.config import InputError
@@ -114,12 +113,7 @@ class Watch:
 
     def verdict(self, run: Run) -> str | None:
         """The table, and one line that names the checkpoint to keep; None without a table."""
-        if self.table is None:
-            return None
-        kept = [] if self.config.checkpoints_total_limit == 0 else [
-            checkpoint.step for checkpoint in list_checkpoints(run.output_dir)]
-        advice = keep_advice(self.table, kept, run.global_step, run.output_dir)
-        return str(self.table) if advice is None else f"{self.table}\n{advice}"
+        return None if self.table is None else verdict(self.table, self.config, run.global_step)
 
 # %% ../../nbs/dreambooth/37_train.ipynb #abbd5ba0
 #| code-fold: true
@@ -191,9 +185,9 @@ def finish(run: Run, config: DreamBoothConfig, pipeline: StableDiffusionPipeline
     """At the end of a run: the verdict, the weights, the model card, the upload if one was asked for."""
     if run.is_main:
         say(run.speed_text())
-        verdict = watch.verdict(run)
-        if verdict:
-            say(verdict)
+        said = watch.verdict(run)
+        if said:
+            say(said)
     with run.averaged_weights():
         if run.is_main:
             write_result(config, pipeline, run.models)

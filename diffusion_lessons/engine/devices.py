@@ -252,7 +252,7 @@ def out_of_memory_text(config: RunConfig, phase: Phase = Phase.TRAIN) -> str:
 
 # %% ../../nbs/workshop/62_devices.ipynb #62c0de02
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
-                  "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+                  "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED")  # the last is JAX's
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -69,7 +69,9 @@ def _left_by_a_run(folder: Path) -> list[str]:
     """Names in the folder that a run of ours wrote; the config, by which we know the folder, comes last."""
     checkpoints = [checkpoint.path.name for checkpoint in reversed(list_checkpoints(folder))]
     abandoned = [path.name for path in list_abandoned(folder)]
-    names = dict.fromkeys([*checkpoints, *abandoned, *log_folder(folder), *list_results(folder), *LEFT_BY_A_RUN])
+    pipelines = sorted(path.name for path in folder.glob("pipeline-*") if re.fullmatch(r"pipeline-\d+", path.name))
+    names = dict.fromkeys([*checkpoints, *abandoned, *pipelines, *log_folder(folder), *list_results(folder),
+                           *LEFT_BY_A_RUN])
     return [name for name in names if (folder / name).exists()]
 
 

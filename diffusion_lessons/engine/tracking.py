@@ -62,8 +62,7 @@ class LossLog:
         numbers: what else to log at that step, by name. All processes must come here; at least one loss must wait.
         Raises RunFailed naming the step whose loss is not finite.
         """
-        reduced = self.accelerator.reduce(torch.stack(self._waiting), reduction="mean")
-        losses = reduced.tolist()
+        losses = self._fetch()
         self._waiting.clear()
         for number, loss in enumerate(losses, start=step - len(losses) + 1):
             if not math.isfinite(loss):
@@ -73,6 +72,10 @@ class LossLog:
         self.accelerator.log({f"train/{name}": value for name, value in numbers.items()}, step=step)
         self.values += losses
         return float(np.mean(losses))
+
+    def _fetch(self) -> list[float]:
+        """The losses that wait, as numbers: means over the processes."""
+        return self.accelerator.reduce(torch.stack(self._waiting), reduction="mean").tolist()
 
 # %% ../../nbs/workshop/65_tracking.ipynb #80123d16
 #| code-fold: true

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['DREAMBOOTH_JAX_PRESETS', 'JAX_PACKAGES', 'FlaxOptions', 'FlaxDefaults', 'TorchOnlyOptions', 'DreamBoothJaxConfig',
-           'parse_dreambooth_jax', 'require_jax']
+           'parse_dreambooth_jax', 'require_jax', 'train_dreambooth_jax']
 
 # %% ../../nbs/jax/58_config.ipynb #6b82c290
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ..dreambooth.config import DREAMBOOTH_PRESETS, DreamBoothConfig, refuse_given
 from ..engine.command_line import LaunchOptions, parse_command_line
+from ..engine.commands import front_door
 from ..engine.config import InputError, option, require
 
 # %% ../../nbs/jax/58_config.ipynb #2067ba28
@@ -61,6 +62,8 @@ class TorchOnlyOptions:
         False, "refused: it sets PyTorch, in train-dreambooth; JAX reads JAX_DEFAULT_MATMUL_PRECISION")
     dataloader_num_workers: int = option(
         0, "refused: pictures are encoded once, so there is nothing to load; the flag is train-dreambooth's")
+    cache_latents: bool = option(
+        True, "refused: a compiled step learns from encoded pictures; random crops are train-dreambooth's", fixed=True)
 
 # %% ../../nbs/jax/58_config.ipynb #c2046a03
 @dataclass
@@ -120,3 +123,12 @@ def _can_be_imported(module: str) -> bool:
     except ModuleNotFoundError:  # there is not even what it lies in
         return False
     return spec is not None and spec.origin is not None
+
+
+def train_dreambooth_jax() -> int:
+    """The installed command `train-dreambooth-jax`; see [59_training_in_jax](59_training_in_jax.ipynb)."""
+    def read(words: Sequence[str]) -> None:
+        parse_dreambooth_jax(words)
+        require_jax()
+
+    return front_door("train-dreambooth-jax", read, "diffusion_lessons.jax.training")

@@ -6,8 +6,8 @@
 __all__ = ['NETWORKS', 'SERVED_MODELS', 'COPY_AGAIN', 'NEVER_LOADED', 'MINIATURE_TEXT_WIDTH', 'CODE_CARRYING_SUFFIXES',
            'FILES_OF_OTHER_PARTS', 'shipped', 'read_json', 'read_index', 'check_kind', 'variant_of', 'without_variant',
            'weight_files', 'weights_dtype', 'part_fault', 'check_parts', 'find_model', 'download', 'load_pipeline',
-           'network_fingerprints', 'load_clip', 'write_model', 'ask_for_32_bits', 'copy_part', 'check_new_folder',
-           'write_new_model']
+           'network_fingerprints', 'files_fingerprint', 'load_clip', 'write_model', 'ask_for_32_bits', 'copy_part',
+           'check_new_folder', 'write_new_model']
 
 # %% ../../nbs/workshop/80_folder.ipynb #f931c4ed
 import hashlib
@@ -16,7 +16,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -217,10 +217,11 @@ def load_pipeline(folder: str | Path, variant: str | None = None, tokenizer: CLI
 # %% ../../nbs/workshop/80_folder.ipynb #0d6d13de
 def network_fingerprints(folder: Path, variant: str | None = None) -> dict[str, str]:
     """For each network of a model folder a hash of its weights as they are stored: their names, shapes and bytes."""
-    return {name: _files_fingerprint(weight_files(folder / name, variant)) for name in NETWORKS}
+    return {name: files_fingerprint(weight_files(folder / name, variant)) for name in NETWORKS}
 
 
-def _files_fingerprint(files: list[Path]) -> str:
+def files_fingerprint(files: Sequence[Path]) -> str:
+    """A hash of the weights in safetensors files: their names, shapes and bytes."""
     digest = hashlib.blake2b(digest_size=8)
     for path in files:
         with path.open("rb") as file:
