@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATA', 'SMALL', 'PROCESS_VARIABLES', 'device_mesh', 'rows_over', 'copies_on', 'place_batch', 'holdings', 'parts_over',
-           'place_parameters', 'layout_of', 'bytes_held', 'join_processes', 'on_host', 'on_first', 'agreed_signal']
+           'place_parameters', 'layout_of', 'bytes_held', 'join_processes', 'on_host', 'on_first', 'agreed_stop']
 
 # %% ../../nbs/jax/56_devices.ipynb #0234b77e
 import os
@@ -158,7 +158,7 @@ def on_first(function: Callable[[], Any]) -> Any:
     return result
 
 
-def agreed_signal(received: int | None, may_wait: bool) -> int | None:
+def agreed_stop(received: int | None, may_wait: bool) -> int | None:
     """The number of the signal that any process has received, the same answer in all of them, or None.
 
     may_wait: whether they wait for each other in this step anyway; otherwise several processes are not asked.

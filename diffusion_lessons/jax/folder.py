@@ -86,7 +86,8 @@ def read_part(folder: Path, variant: str | None = None, dtype: Any = jnp.float32
               remat: bool = False, part: str | None = None) -> Any:
     """Read the network in the folder of a part, `unet`, `vae` or `text_encoder`; no weight is drawn at random.
 
-    part: which of them it is; by default the folder's name. dtype: of the computation. param_dtype: of the weights in memory. remat: see LayerMaker.
+    part: which of them it is; by default the folder's name. dtype: of the computation. param_dtype: of the weights in
+    memory. remat: see LayerMaker.
     Raises InputError for a config that is not served, and for weights that are not the config's.
     """
     network_class, config_class, _, _ = PARTS[part or folder.name]

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from .config import DreamBoothJaxConfig
-from .devices import agreed_signal, on_first, on_host, place_batch
+from .devices import agreed_stop, on_first, on_host, place_batch
 from .folder import TrainedPart, read_part
-from .step import Rates, TrainState, all_finite, rates_of, step_key
+from .step import Rates, StepState, all_finite, rates_of, step_key
 from ..engine.checkpointer import FINISHED_TEXT, Position, last_checkpoint_text
 from ..engine.checkpoints import PROGRESS, Checkpoint, Digests, begin_folder, compare_progress, complete_folder
 from ..engine.checkpoints import find_checkpoint, place_folder, prune_checkpoints, set_aside_later, write_json
@@ -30,7 +30,7 @@ from ..engine.devices import forget_accelerator, is_out_of_memory, out_of_memory
 from ..engine.optimization import count_steps, warmup_warning
 from ..engine.output_folder import CONFIG_NAME, OutputFolder, finished_without_checkpoint, set_aside_samples
 from ..engine.precision import Phase
-from ..engine.run import Timing
+from ..engine.run import Timing, watching_signals
 from ..engine.tracking import LossLog, ProgressMeter, end_trackers, log_image, say, start_tracker
 
 
@@ -65,7 +65,7 @@ class StateFolder:
         return {name: TrainedPart(nnx.merge(self.structures[name], state), self.sources[name])
                 for name, state in weights.items()}
 
-    def save_optimizer(self, folder: Path, state: TrainState) -> None:
+    def save_optimizer(self, folder: Path, state: StepState) -> None:
         """Write the optimizer's state, each process the parts that lie on its devices; all of them come here."""
         with closing(ocp.StandardCheckpointer()) as orbax:
             orbax.save(folder.absolute() / OPTIMIZER, jax.tree.leaves(state.moments))
@@ -77,13 +77,13 @@ class StateFolder:
             for name, part in self.parts(tree or {}).items():
                 part.save_pretrained(folder / f"{name}{suffix}")
 
-    def load(self, folder: Path, like: TrainState) -> TrainState:
+    def load(self, folder: Path, like: StepState) -> StepState:
         """Read what was written, laid out as `like`. Averages that a checkpoint lacks begin as its weights."""
         with closing(ocp.StandardCheckpointer()) as orbax:
             leaves, tree = jax.tree.flatten(like.moments)
             wanted = [jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=each.sharding) for each in leaves]
             moments = tree.unflatten(orbax.restore(folder.absolute() / OPTIMIZER, wanted))
-        return TrainState(self._weights(folder, like.weights), moments,
+        return StepState(self._weights(folder, like.weights), moments,
                           None if like.averages is None else self._weights(folder, like.averages, "_ema"))
 
     def _weights(self, folder: Path, like: Mapping[str, Any], suffix: str = "") -> dict[str, Any]:
@@ -115,17 +115,17 @@ class JaxLossLog(LossLog):
 
 # --- the run ---
 class JaxRun:
-    """One training run in JAX: a `TrainState`, a number of steps, and what is kept of them. See `start_jax_run`.
+    """One training run in JAX: a `StepState`, a number of steps, and what is kept of them. See `start_jax_run`.
 
     storage: how the state lies in a checkpoint. moments: of all pairs, float16 (pairs, groups, h, w, 2 · channels), the
     same in every process. losses: of each optimizer step since the start, as far as read from the device.
     """
 
-    def __init__(self, config: DreamBoothJaxConfig, state: TrainState, storage: StateFolder, moments: np.ndarray,
+    def __init__(self, config: DreamBoothJaxConfig, state: StepState, storage: StateFolder, moments: np.ndarray,
                  fingerprint: str, mesh: Mesh, accelerator: Accelerator, command: str) -> None:
         self.config, self.state, self.storage, self.moments = config, state, storage, moments
         self.mesh, self.accelerator, self.command = mesh, accelerator, command
-        self.output_dir, self.is_first = Path(config.output_dir), jax.process_index() == 0
+        self.output_dir, self.is_main = Path(config.output_dir), jax.process_index() == 0
         self.batch = config.train_batch_size * mesh.size
         self.steps = count_steps(-(-len(moments) // self.batch), config.gradient_accumulation_steps,
                                  config.num_train_epochs, config.max_train_steps)
@@ -140,7 +140,7 @@ class JaxRun:
         self.loss_log = JaxLossLog(accelerator, config.logging_steps)
         self.losses = self.loss_log.values
         pictures = self.batch * config.gradient_accumulation_steps
-        self.meter = ProgressMeter(self.steps.total, pictures, f"jax-{jax.default_backend()}", self.is_first)
+        self.meter = ProgressMeter(self.steps.total, pictures, f"jax-{jax.default_backend()}", self.is_main)
 
     @property
     def global_step(self) -> int:
@@ -167,7 +167,7 @@ class JaxRun:
         if not self.loss_log.is_empty:
             self._log()
 
-    def step(self, state: TrainState, loss: jax.Array) -> None:
+    def step(self, state: StepState, loss: jax.Array) -> None:
         """After a compiled step: keep its state, note its loss without reading it; log, save, stop when due."""
         self.state = state
         self.position.global_step += 1
@@ -175,7 +175,7 @@ class JaxRun:
         self.meter.step_done()
         last = self.timing.at_the_end
         saving = last or self.global_step % self.config.checkpointing_steps == 0
-        stop = agreed_signal(self.stop.received, may_wait=saving or self.loss_log.is_full)
+        stop = agreed_stop(self.stop.received, may_wait=saving or self.loss_log.is_full)
         saving |= stop is not None
         if saving or self.loss_log.is_full:
             self._log()
@@ -223,7 +223,7 @@ class JaxRun:
             weights, averages = on_host(self.state.weights), on_host(self.state.averages)
             on_first(lambda: self._finish(path, partial, weights, averages))
         except BaseException as error:
-            if self.is_first:
+            if self.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError | RuntimeError | ValueError) and not is_out_of_memory(error):
                 raise RunFailed(f"{path.name} could not be written: {one_line(error, 200)}; free some space. "
@@ -257,7 +257,7 @@ class JaxRun:
 
 
 def make_tracker(config: DreamBoothJaxConfig) -> Accelerator:
-    """Accelerate's trackers for a run in JAX; of several processes only the first has any. Nothing else of it is used."""
+    """Accelerate's trackers for a run in JAX, of which nothing else is used; only the first process has any."""
     report_to = config.report_to if jax.process_index() == 0 else "none"
     return Accelerator(
         cpu=True, mixed_precision="no", log_with=None if report_to == "none" else report_to,
@@ -280,17 +280,17 @@ def find_place(config: DreamBoothJaxConfig) -> Checkpoint | None:
     if checkpoint is None:
         say(f"no {'sound' if notes else 'complete'} checkpoint in {output_dir}{'' if notes else ' yet'}: starting anew")
     elif not (checkpoint.path / OPTIMIZER).is_dir():
-        raise InputError(f"--resume_from_checkpoint {checkpoint.path}: was written by train-dreambooth; go on with that "
-                         f"command, or make a model of it with generate-images --checkpoint {checkpoint.path} "
-                         "--save_pipeline DIR and train on from there")
+        raise InputError(f"--resume_from_checkpoint {checkpoint.path}: was written by train-dreambooth; go on with "
+                         f"that command, or let generate-images --checkpoint {checkpoint.path} --save_pipeline DIR make a "
+                         "model of it, and train on from there")
     return checkpoint
 
 
-def resume(run: JaxRun) -> None:
+def resume_jax_run(run: JaxRun) -> None:
     """Go on from the checkpoint that the run's config names, if any; print what changed since it was written."""
     checkpoint = find_place(run.config)
     if checkpoint is None:
-        if run.config.resume_from_checkpoint and run.is_first:
+        if run.config.resume_from_checkpoint and run.is_main:
             set_aside_samples(run.output_dir, step=0, epochs=0)
         return
     devices = checkpoint.progress["num_processes"]
@@ -302,14 +302,14 @@ def resume(run: JaxRun) -> None:
         say(change)
     run.state = run.storage.load(checkpoint.path, run.state)
     run.position.global_step = checkpoint.progress["step"]
-    if run.is_first:
+    if run.is_main:
         set_aside_samples(run.output_dir, run.global_step)
         say(f"resuming {checkpoint.path.name}: {run.global_step} of {run.total_steps} steps are done")
 
 
-def announce(run: JaxRun) -> None:
+def announce_jax_run(run: JaxRun) -> None:
     """Write the config into the output folder, start the tracker, and say what is about to happen."""
-    if run.is_first:
+    if run.is_main:
         save_config(run.config, run.output_dir / CONFIG_NAME)
         start_tracker(run.accelerator, run.config, run.command, run.global_step)
     if warning := warmup_warning(run.config, run.total_steps):
@@ -322,19 +322,7 @@ def announce(run: JaxRun) -> None:
 
 
 @contextlib.contextmanager
-def watching_signals(run: JaxRun) -> Iterator[None]:
-    """Within the block SIGINT, SIGTERM and SIGHUP are noted; the run ends after its step, with a checkpoint."""
-    with run.stop:
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit):
-            if run.is_first and run.stop.received:
-                say(f"stopped after step {run.global_step}. {run.last_checkpoint_text()}")
-            raise
-
-
-@contextlib.contextmanager
-def start_jax_run(config: DreamBoothJaxConfig, state: TrainState, storage: StateFolder, moments: np.ndarray,
+def start_jax_run(config: DreamBoothJaxConfig, state: StepState, storage: StateFolder, moments: np.ndarray,
                   fingerprint: str, mesh: Mesh, command: str = "train-dreambooth-jax") -> Iterator[JaxRun]:
     """Open a training run for a `with` block; the arguments are those of `JaxRun`.
 
@@ -342,20 +330,20 @@ def start_jax_run(config: DreamBoothJaxConfig, state: TrainState, storage: State
     Interrupted or Terminated after a signal, with a checkpoint written.
     """
     config = config.resolve()
-    with contextlib.ExitStack() as closing_:
-        closing_.enter_context(lasting_output())
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.enter_context(lasting_output())
         output = OutputFolder(config.output_dir)
-        closing_.callback(output.release)
+        at_the_end.callback(output.release)
         accelerator = make_tracker(config)
-        closing_.callback(forget_accelerator, accelerator)
-        closing_.callback(end_trackers, accelerator)
+        at_the_end.callback(forget_accelerator, accelerator)
+        at_the_end.callback(end_trackers, accelerator)
         on_first(lambda: output.claim(config.overwrite_output_dir, config.resume_from_checkpoint is not None))
-        closing_.enter_context(output.pointing_back())
-        closing_.enter_context(out_of_memory_named(
+        at_the_end.enter_context(output.pointing_back())
+        at_the_end.enter_context(out_of_memory_named(
             config, Phase.TRAIN, lambda: last_checkpoint_text(output.path, command)))
         run = JaxRun(config, state, storage, moments, fingerprint, mesh, accelerator, command)
-        resume(run)
-        announce(run)
+        resume_jax_run(run)
+        announce_jax_run(run)
         with watching_signals(run):
             yield run
         if run.timing.at_the_end:

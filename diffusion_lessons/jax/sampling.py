@@ -295,8 +295,8 @@ class Drawer:
                  seeds: Sequence[int] | None = None, weights: Mapping[str, Any] | None = None) -> Tensor:
         """One picture for each prompt: uint8 (N, 3, H, W). Picture i starts from the noise of `seed + i`.
 
-        size, seeds: as for `draw`. batch_size: pictures at a time, on all devices together. weights: of trained parts, by
-        name. Raises InputError for numbers that cannot be used.
+        size, seeds: as for `draw`. batch_size: pictures at a time, on all devices together. weights: of trained
+        parts, by name. Raises InputError for numbers that cannot be used.
         """
         require(len(prompts) > 0 and not isinstance(prompts, str), "prompts", repr(prompts), "give a list of sentences")
         check_drawing(size, num_inference_steps, guidance_scale)

@@ -163,7 +163,7 @@ def make_adamw(config: DreamBoothConfig) -> optax.GradientTransformation:
         optax.add_decayed_weights(config.adam_weight_decay))
 
 
-class TrainState(NamedTuple):
+class StepState(NamedTuple):
     """All that a step changes: weights of what learns by name, the optimizer's state, averages if they are kept."""
 
     weights: dict[str, nnx.State]
@@ -172,15 +172,15 @@ class TrainState(NamedTuple):
 
 
 def begin_state(weights: Mapping[str, nnx.State], optimizer: optax.GradientTransformation, use_ema: bool = False
-                ) -> TrainState:
+                ) -> StepState:
     """The state before the first step; moments and averages lie as the weights do."""
     weights = dict(weights)
-    return TrainState(weights, optimizer.init(weights), jax.tree.map(jnp.copy, weights) if use_ema else None)
+    return StepState(weights, optimizer.init(weights), jax.tree.map(jnp.copy, weights) if use_ema else None)
 
 
 # --- step ---
 LossOf = Callable[[Any, Any, jax.Array], jax.Array]  # weights, a micro-batch and a key to a scalar
-StepProgram = Callable[..., tuple[TrainState, jax.Array]]
+StepProgram = Callable[..., tuple[StepState, jax.Array]]
 
 
 def compiled_step(loss_of: LossOf, optimizer: optax.GradientTransformation, accumulation: int = 1, layout: Any = None
@@ -213,21 +213,21 @@ def compiled_step(loss_of: LossOf, optimizer: optax.GradientTransformation, accu
         return jax.tree.map(lambda each: each / accumulation, total)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=layout)
-    def step(state: TrainState, batch: Any, key: jax.Array, learning_rate: jax.Array, decay: jax.Array
-             ) -> tuple[TrainState, jax.Array]:
+    def step(state: StepState, batch: Any, key: jax.Array, learning_rate: jax.Array, decay: jax.Array
+             ) -> tuple[StepState, jax.Array]:
         loss, gradients = mean_of_all(state.weights, batch, key)
         changes, moments = optimizer.update(gradients, state.moments, state.weights)
         weights = jax.tree.map(lambda weight, change: weight - learning_rate * change, state.weights, changes)
         averages = state.averages
         if averages is not None:
             averages = jax.tree.map(lambda average, weight: decay * average + (1 - decay) * weight, averages, weights)
-        return TrainState(weights, moments, averages), loss
+        return StepState(weights, moments, averages), loss
 
     return step
 
 
 def step_key(seed: int, step: int) -> jax.Array:
-    """The key of all that chance decides in an optimizer step: a function of two numbers, so nothing has to be saved."""
+    """The key of all that chance decides in a step: a function of two numbers, so that nothing has to be saved."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from .config import DREAMBOOTH_JAX_PRESETS, DreamBoothJaxConfig
-from .devices import agreed_signal, bytes_held, copies_on, device_mesh, join_processes, layout_of, on_first
+from .devices import agreed_stop, bytes_held, copies_on, device_mesh, join_processes, layout_of, on_first
 from .devices import place_batch, place_parameters
 from .sampling import Drawer, own_size
 from .folder import Copied, StableDiffusion, find_vae, read_folder, read_part, refuse_old_flax
 from .run import JaxRun, StateFolder, start_jax_run
-from .step import StepProgram, TrainState, begin_state, compiled_step, draw_chance, dreambooth_loss, encode_pairs
+from .step import StepProgram, StepState, begin_state, compiled_step, draw_chance, dreambooth_loss, encode_pairs
 from .step import make_adamw, noise_table, step_key
 from ..dreambooth.class_images import check_class_folder, choose_class_images, generation_recipe, held_folder
 from ..dreambooth.class_images import missing_numbers, recipe_key, save_drawn, subject_notes, tidy_class_folder
@@ -55,7 +55,7 @@ SOLVERS = {"DPMSolverMultistepScheduler": "dpmsolver++", "DDIMScheduler": "ddim"
 
 
 # --- model ---
-def load_model(config: DreamBoothJaxConfig, precision: str | None, remat: bool = False) -> StableDiffusion:
+def read_networks(config: DreamBoothJaxConfig, precision: str | None, remat: bool = False) -> StableDiffusion:
     """The model that a run begins with, weights in 32 bits, computing in a precision; with another VAE if one is named.
 
     Raises InputError for what is no Stable Diffusion, or is not served in JAX.
@@ -68,7 +68,7 @@ def load_model(config: DreamBoothJaxConfig, precision: str | None, remat: bool =
     return model
 
 
-def load_words(config: DreamBoothJaxConfig, model: StableDiffusion) -> CLIPTokenizer:
+def read_tokenizer(config: DreamBoothJaxConfig, model: StableDiffusion) -> CLIPTokenizer:
     """The tokenizer of a run, with the context that its config asks for."""
     tokenizer = (find_tokenizer(config.tokenizer_name, config.revision) if config.tokenizer_name
                  else load_tokenizer(model.source / "tokenizer", COPY_AGAIN))
@@ -86,13 +86,6 @@ def model_fingerprints(config: DreamBoothJaxConfig) -> dict[str, str]:
 
 
 # --- class images ---
-def count_missing(config: DreamBoothJaxConfig) -> int:
-    """How many class images would have to be drawn."""
-    fingerprints = model_fingerprints(config)
-    key = recipe_key(generation_recipe(config, fingerprints))
-    return len(missing_numbers(Path(config.class_data_dir), key, config.num_class_images))
-
-
 def find_class_images(config: DreamBoothJaxConfig, fingerprints: Mapping[str, str]) -> Source:
     """The class images of a run: what is in the folder, topped up with what the model draws in JAX.
 
@@ -102,22 +95,22 @@ def find_class_images(config: DreamBoothJaxConfig, fingerprints: Mapping[str, st
     folder, recipe = Path(config.class_data_dir), generation_recipe(config, fingerprints)
     key, wanted = recipe_key(recipe), config.num_class_images
 
-    def prepare(held: contextlib.ExitStack) -> None:
+    def prepare_step(held: contextlib.ExitStack) -> None:
         check_class_folder(folder)
         if missing_numbers(folder, key, wanted):
             held.enter_context(held_folder(folder))
         tidy_class_folder(folder, recipe, wanted)
 
     with contextlib.ExitStack() as held:
-        on_first(lambda: prepare(held))
+        on_first(lambda: prepare_step(held))
         share = missing_numbers(folder, key, wanted)[jax.process_index() :: jax.process_count()]
         if share:
-            model = load_model(config, config.prior_generation_precision or config.mixed_precision)
-            drawer = Drawer(model, load_words(config, model))
+            model = read_networks(config, config.prior_generation_precision or config.mixed_precision)
+            drawer = Drawer(model, read_tokenizer(config, model))
             draw_some = partial(_draw_class, drawer, recipe)
             save_drawn(folder, key, share, draw_some, config.sample_batch_size * drawer.mesh.size,
                        quiet=jax.process_index() > 0)
-        agreed_signal(None, may_wait=True)  # all wait until the last has drawn its share
+        agreed_stop(None, may_wait=True)  # all wait until the last has drawn its share
     chosen = choose_class_images(folder, key, wanted)
     return Source([str(path) for path in chosen], key, lambda: chosen.__getitem__)
 
@@ -128,7 +121,7 @@ def _draw_class(drawer: Drawer, recipe: Mapping[str, Any], seeds: Sequence[int])
 
 
 # --- what learns ---
-class Ingredients(NamedTuple):
+class JaxIngredients(NamedTuple):
     """What a run is made of, when all is loaded, drawn and encoded."""
 
     model: StableDiffusion
@@ -140,7 +133,7 @@ class Ingredients(NamedTuple):
     table: FidelityTable | None
 
 
-def gather(config: DreamBoothJaxConfig, on_trial: bool = False) -> Ingredients:
+def gather_for_jax(config: DreamBoothJaxConfig, on_trial: bool = False) -> JaxIngredients:
     """Load the model, draw missing class images, encode pictures and prompts.
 
     on_trial: nothing is drawn; the subject's pictures stand for those of the class, which are as large.
@@ -157,8 +150,8 @@ def gather(config: DreamBoothJaxConfig, on_trial: bool = False) -> Ingredients:
         with out_of_memory_named(config, Phase.CLASS_IMAGES):
             others = find_class_images(config, fingerprints)
         sources.append(others._replace(notes=[*others.notes, *subject_notes(sources[0], others)]))
-    model = load_model(config, config.mixed_precision, config.gradient_checkpointing)
-    tokenizer = load_words(config, model)
+    model = read_networks(config, config.mixed_precision, config.gradient_checkpointing)
+    tokenizer = read_tokenizer(config, model)
     groups = [read_pictures(source, config.resolution, config.image_interpolation_mode, config.on_bad_image)
               for source in sources]
     say_notes(config, sources, tokenizer)
@@ -170,7 +163,7 @@ def gather(config: DreamBoothJaxConfig, on_trial: bool = False) -> Ingredients:
     ids = tokenize(tokenizer, [config.instance_prompt, config.class_prompt][: len(groups)]).numpy()
     words = ids if config.train_text_encoder else np.asarray(model.text_encoder(ids), np.float32)
     scheduler = scheduler_trained_with(read_json(folder / "scheduler" / "scheduler_config.json", COPY_AGAIN))
-    return Ingredients(model, tokenizer, moments, words, data_fingerprint(config, groups, fingerprints), scheduler,
+    return JaxIngredients(model, tokenizer, moments, words, data_fingerprint(config, groups, fingerprints), scheduler,
                        make_table(config, clip, middle(groups[0], config.resolution), eye))
 
 
@@ -195,20 +188,21 @@ def make_loss(config: DreamBoothJaxConfig, model: StableDiffusion, noise_schedul
     return loss_of
 
 
-def moved(network: nnx.Module, mesh: Mesh, shard: bool) -> nnx.State:
-    """The weights of a network on the mesh; the network itself keeps only their shapes, so that none are there twice."""
+def place_network(network: nnx.Module, mesh: Mesh, shard: bool) -> nnx.State:
+    """The weights of a network on the mesh; the network keeps only their shapes, so that none are there twice."""
     weights = nnx.split(network)[1]
     placed = place_parameters(weights, mesh, shard)
     nnx.update(network, jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), weights))
     return placed
 
 
-def prepare(config: DreamBoothJaxConfig, found: Ingredients, mesh: Mesh) -> tuple[TrainState, StateFolder, StepProgram]:
+def prepare_step(config: DreamBoothJaxConfig, found: JaxIngredients, mesh: Mesh
+                 ) -> tuple[StepState, StateFolder, StepProgram]:
     """The state before the first step on all devices, how it is stored, and the compiled step."""
     networks, optimizer = learning_parts(config, found.model), make_adamw(config)
     storage = StateFolder(networks, {name: found.model.source / name for name in networks})
     loss_of = make_loss(config, found.model, found.noise_scheduler, found.words)
-    weights = {name: moved(network, mesh, config.shard_parameters) for name, network in networks.items()}
+    weights = {name: place_network(network, mesh, config.shard_parameters) for name, network in networks.items()}
     state = begin_state(weights, optimizer, config.use_ema)
     layout = (layout_of(state, mesh), copies_on(mesh))
     return jax.device_put(state, layout[0]), storage, compiled_step(
@@ -222,11 +216,12 @@ class JaxWatch:
     def __init__(self, config: DreamBoothJaxConfig, model: StableDiffusion, tokenizer: CLIPTokenizer,
                  table: FidelityTable | None) -> None:
         self.config, self.table, self.is_new = config, table, True
-        self.drawer = Drawer(model, tokenizer, SOLVERS[config.validation_scheduler], list(learning_parts(config, model)))
+        learning = list(learning_parts(config, model))
+        self.drawer = Drawer(model, tokenizer, SOLVERS[config.validation_scheduler], learning)
 
     def __call__(self, run: JaxRun) -> None:
         config, step = self.config, run.global_step
-        if self.is_new and run.is_first:  # rows of a branch that the run has left
+        if self.is_new and run.is_main:  # rows of a branch that the run has left
             forget_rows(run.output_dir / "fidelity.json", step or -1)
             if self.table is not None:
                 self.table.forget_after(step or -1)
@@ -237,7 +232,7 @@ class JaxWatch:
         if not draws and not measures:
             return
         weights = run.kept_weights()
-        if run.is_first:
+        if run.is_main:
             self._look(run, weights, draws, measures)
 
     def _look(self, run: JaxRun, weights: Mapping[str, Any], draws: bool, measures: bool) -> None:
@@ -260,7 +255,7 @@ class JaxWatch:
 
 
 # --- writing ---
-def write_pipeline(config: DreamBoothJaxConfig, found: Ingredients, storage: StateFolder, weights: Mapping[str, Any],
+def write_pipeline(config: DreamBoothJaxConfig, found: JaxIngredients, storage: StateFolder, weights: Mapping[str, Any],
                    folder: Path) -> None:
     """Write a whole model that plain diffusers opens: what was trained, all else as it was in the model's folder."""
     changed: dict[str, Any] = storage.parts(weights)
@@ -271,12 +266,12 @@ def write_pipeline(config: DreamBoothJaxConfig, found: Ingredients, storage: Sta
     write_model(folder, found.model.source, changed, config.variant)
 
 
-def save_due(run: JaxRun, config: DreamBoothJaxConfig, found: Ingredients) -> None:
+def save_due(run: JaxRun, config: DreamBoothJaxConfig, found: JaxIngredients) -> None:
     """When `save_steps` says so, write a whole model into `pipeline-STEP`, beside the checkpoints."""
     if not config.save_steps or run.global_step % config.save_steps:
         return
     weights = run.kept_weights()
-    if run.is_first:
+    if run.is_main:
         path = run.output_dir / f"pipeline-{run.global_step}"
         partial_folder = begin_folder(path)
         write_pipeline(config, found, run.storage, weights, partial_folder)
@@ -284,10 +279,10 @@ def save_due(run: JaxRun, config: DreamBoothJaxConfig, found: Ingredients) -> No
         place_folder(partial_folder, path)
 
 
-def finish(run: JaxRun, config: DreamBoothJaxConfig, found: Ingredients) -> None:
+def finish_jax_run(run: JaxRun, config: DreamBoothJaxConfig, found: JaxIngredients) -> None:
     """At the end of a run: the verdict, the model, its card, the upload if one was asked for."""
     weights = run.kept_weights()
-    if not run.is_first:
+    if not run.is_main:
         return
     say(run.speed_text())
     if found.table is not None:
@@ -303,14 +298,14 @@ def finish(run: JaxRun, config: DreamBoothJaxConfig, found: Ingredients) -> None
 
 
 # --- the command ---
-def train(config: DreamBoothJaxConfig) -> list[float]:
+def train_in_jax(config: DreamBoothJaxConfig) -> list[float]:
     """Load, draw what is missing, and train: what one process of `train-dreambooth-jax` does; returns the losses."""
     config = config.resolve()
     with out_of_memory_named(config, Phase.ENCODE):
-        found = gather(config)
+        found = gather_for_jax(config)
     mesh = device_mesh()
     with out_of_memory_named(config, Phase.TRAIN):
-        state, storage, program = prepare(config, found, mesh)
+        state, storage, program = prepare_step(config, found, mesh)
         look = JaxWatch(config, found.model, found.tokenizer, found.table)
     with start_jax_run(config, state, storage, found.moments, found.fingerprint, mesh) as run:
         del state
@@ -319,39 +314,56 @@ def train(config: DreamBoothJaxConfig) -> list[float]:
             run.step(*program(run.state, *batch))
             look(run)
             save_due(run, config, found)
-        finish(run, config, found)
+        finish_jax_run(run, config, found)
     return run.losses
 
 
-def dry_run(config: DreamBoothJaxConfig, repeats: int = 3) -> str:
-    """Say how many steps, how much memory and about how much time the run would need, by a few real steps; writes
-    nothing."""
-    config = replace(config.declared, report_to="none", fidelity_model="none").resolve()
-    found, mesh = gather(config, on_trial=True), device_mesh()
-    state, _, program = prepare(config, found, mesh)
-    missing = count_missing(config) if config.with_prior_preservation else 0
-    pictures = len(instance_source(config.instance_data_dir, config.resolution).names)
-    pairs = max(len(found.moments), config.num_class_images if config.with_prior_preservation else 0)
-    batch = config.train_batch_size * mesh.size
-    steps = count_steps(-(-pairs // batch), config.gradient_accumulation_steps, config.num_train_epochs,
-                        config.max_train_steps)
-    rows = np.resize(np.arange(len(found.moments)), (batch // jax.process_count(), config.gradient_accumulation_steps))
+class Trial(NamedTuple):
+    """What a few real steps of a run took, and what is known of it besides."""
+
+    compiling: float  # seconds
+    seconds: float  # of a step
+    kept: int  # bytes on each device between two steps
+    within: int  # bytes more within a step, as compiled
+    pairs: int  # of pictures
+
+
+def try_steps(config: DreamBoothJaxConfig, mesh: Mesh, repeats: int = 3) -> Trial:
+    """Compile the step of a run and take it a few times on the real devices; nothing is drawn, nothing is written."""
+    found = gather_for_jax(config, on_trial=True)
+    state, _, program = prepare_step(config, found, mesh)
+    own = config.train_batch_size * mesh.size // jax.process_count()
+    rows = np.resize(np.arange(len(found.moments)), (own, config.gradient_accumulation_steps))
     inputs = place_batch(found.moments[rows], mesh), step_key(0, 0), np.float32(0), np.float32(0)
     begin = time.perf_counter()
     compiled = program.lower(state, *inputs).compile()
     compiling = time.perf_counter() - begin
-    kept, needed = max(bytes_held(state).values()), compiled.memory_analysis().temp_size_in_bytes
-    for number in range(repeats + 1):
+    kept, within = max(bytes_held(state).values()), compiled.memory_analysis().temp_size_in_bytes
+    for number in range(repeats + 1):  # the first one is not counted
         state, loss = compiled(state, *inputs)
         loss.block_until_ready()
         begin = time.perf_counter() if number == 0 else begin
-    seconds = (time.perf_counter() - begin) / repeats
-    return (f"dry run: {pictures} pictures of the subject, {missing} class images to generate, {steps.per_epoch} steps "
-            f"an epoch, {steps.total} steps in {steps.epochs} epochs\n"
-            f"memory of each device: {kept / 2**30:.3f} GiB for weights, moments and average, {needed / 2**30:.3f} GiB "
-            "more within a step, as compiled\n"
-            f"time: {compiling:.0f} s to compile the step, then about {steps.total * seconds / 60:.1f} minutes "
-            f"({seconds:.3f} s a step, measured), class images and validation aside")
+    return Trial(compiling, (time.perf_counter() - begin) / repeats, kept, within, len(found.moments))
+
+
+def dry_run_in_jax(config: DreamBoothJaxConfig) -> str:
+    """Say how many steps, how much memory and about how much time the run would need; writes nothing."""
+    config, mesh = replace(config.declared, report_to="none", fidelity_model="none").resolve(), device_mesh()
+    trial = try_steps(config, mesh)
+    pictures = len(instance_source(config.instance_data_dir, config.resolution).names)
+    prior, missing = config.with_prior_preservation, 0
+    if prior:
+        key = recipe_key(generation_recipe(config, model_fingerprints(config)))
+        missing = len(missing_numbers(Path(config.class_data_dir), key, config.num_class_images))
+    batches = -(-max(trial.pairs, config.num_class_images if prior else 0) // (config.train_batch_size * mesh.size))
+    per_epoch, total, epochs = count_steps(batches, config.gradient_accumulation_steps, config.num_train_epochs,
+                                           config.max_train_steps)
+    return (f"dry run: {pictures} pictures of the subject, {missing} class images to generate, {per_epoch} steps an "
+            f"epoch, {total} steps in {epochs} epochs\n"
+            f"memory of each device: {trial.kept / 2**30:.3f} GiB for weights, moments and average, "
+            f"{trial.within / 2**30:.3f} GiB more within a step, as compiled; other networks aside\n"
+            f"time: {trial.compiling:.0f} s to compile the step, then about {total * trial.seconds / 60:.1f} minutes "
+            f"({trial.seconds:.3f} s a step, measured), class images and validation aside")
 
 
 def run_dreambooth_jax(config: DreamBoothJaxConfig, options: LaunchOptions) -> None:
@@ -365,14 +377,15 @@ def run_dreambooth_jax(config: DreamBoothJaxConfig, options: LaunchOptions) -> N
     if is_over(config):
         return
     if options.dry_run:
-        print(dry_run(config))
+        print(dry_run_in_jax(config))
         return
-    train(config)
+    train_in_jax(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `train-dreambooth-jax`; returns its exit code."""
-    return training_command("train-dreambooth-jax", DreamBoothJaxConfig, DREAMBOOTH_JAX_PRESETS, run_dreambooth_jax, argv)
+    return training_command("train-dreambooth-jax", DreamBoothJaxConfig, DREAMBOOTH_JAX_PRESETS, run_dreambooth_jax,
+                            argv)
 
 
 if __name__ == "__main__" and "__file__" in globals():
