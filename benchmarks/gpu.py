@@ -8,6 +8,7 @@ f  the same for each recipe, in a process under a hard cap of its 24, 16, 12 or 
 c  the same through the reference scripts, if --scripts names their folder
 d  tutorial-128 on drawn specimens: images a second, peak memory, a grid after three minutes
 e  class images a second: Stable Diffusion 1.4's shape, 512 px, fp16
+g  the JAX trainer at that shape: seconds a step and to compile, where JAX finds the GPU
 
 See `benchmarks/README.md`.
 """
@@ -461,12 +462,43 @@ def class_images(bench: Bench) -> None:
                                "solver steps": sizes.solver_steps, "peak GiB": peak})  # fmt: skip
 
 
+# ── g: JAX ───────────────────────────────────────────────────────────────────────────────
+
+DRY_RUN = re.compile(r"([\d.]+) GiB for weights.*?([\d.]+) GiB more.*?(\d+) s to compile.*?\(([\d.]+) s a step",
+                     re.DOTALL)
+
+
+def in_jax(bench: Bench) -> None:
+    """Piece g: the dry run of the command, with and without gradient checkpointing, each in a process of its own."""
+    asked = subprocess.run([sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True,
+                           text=True)  # fmt: skip
+    backend = asked.stdout.strip()
+    if not backend or (backend == "cpu" and not bench.sizes.small):
+        reason = "it finds no GPU here: pip install 'jax[cuda13]'" if backend else "it is not installed"
+        bench.results.section("g", state=f"skipped: JAX: {reason}")
+        return
+    rows: list[dict[str, Any]] = []
+    for recompute in (False,) if bench.sizes.small else (False, True):
+        words = measuring.command(
+            "train-dreambooth-jax", "--dry_run", *(["--gradient_checkpointing"] if recompute else []),
+            pretrained_model_name_or_path=bench.model, instance_data_dir=bench.subject, instance_prompt=SUBJECT,
+            resolution=bench.sizes.resolution, train_batch_size=1, mixed_precision="bf16", max_train_steps=100,
+            report_to="none", output_dir=bench.folder / "unused")  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True, env=measuring.environment_for())
+        found = DRY_RUN.search(done.stdout)
+        if found is None:
+            raise RuntimeError(done.stderr.strip().split("\n")[-1])
+        kept, within, compiling, seconds = map(float, found.groups())
+        bench.rows("g", rows, {"backend": backend, "gradient checkpointing": recompute, "seconds a step": seconds,
+                               "seconds to compile": compiling, "kept GiB": kept, "within a step GiB": within})
+
+
 # ── all of it ────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One of the six."""
+    """One of the seven."""
 
     title: str
     work: Callable[[Bench], None]
@@ -481,6 +513,7 @@ PIECES = {
     "c": Piece("c: the reference scripts, the same shape", reference, 110),
     "d": Piece("d: tutorial-128 on drawn specimens", butterflies, 230, reserve=40),
     "e": Piece("e: class images, Stable Diffusion 1.4's shape", class_images, 60),
+    "g": Piece("g: the JAX trainer, the same shape, bf16", in_jax, 120),
 }
 
 

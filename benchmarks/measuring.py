@@ -27,8 +27,9 @@ COMMANDS = {  # the package's commands as modules: they run from a checkout, ins
     "train-butterflies": "diffusion_lessons.butterflies",
     "train-dreambooth": "diffusion_lessons.dreambooth.training",
     "generate-images": "diffusion_lessons.dreambooth.inference",
+    "train-dreambooth-jax": "diffusion_lessons.jax.training",
 }
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "jax", "flax")
 GIB = 2**30
 
 

@@ -51,7 +51,7 @@ class Need:
 # A full checkpoint has 11 GiB; while a second one is written, the first still stands, and the model has 4.
 NEEDS = {
     "models": Need(4, 5), "lora": Need(9, 1), "lora-2.1": Need(10, 1), "prior": Need(8, 1), "full": Need(18, 28),
-    "resume": Need(18, 28), "draw": Need(8, 1), "open": Need(8, 1),
+    "resume": Need(18, 28), "jax": Need(20, 18), "draw": Need(8, 1), "open": Need(8, 1),
 }  # fmt: skip
 # A recipe for whose needs there is no room is skipped; the others go on.
 RECIPES = {
@@ -231,6 +231,20 @@ class Rehearsal:
         self.measure(phase, what, words, lambda done: exists(self.runs / phase / "model_index.json"), total=2)
         shutil.rmtree(self.runs / phase, ignore_errors=True)
 
+    def jax(self) -> None:
+        """Two steps of full fine-tuning on 1.4 in JAX, and a checkpoint; the first step's time is that of compiling."""
+        size = self.sizes.full
+        what = f"UNet in JAX, 1.4, {size} px, batch 1, 2 steps"
+        if importlib.util.find_spec("jax") is None:
+            self.add("jax", what, "skipped: there is no JAX; pip install 'diffusion_lessons[jax]'")
+            return
+        words = command("train-dreambooth-jax", "--gradient_checkpointing",
+                        pretrained_model_name_or_path=self.models["1.4"], output_dir="jax",
+                        instance_data_dir=self.folder / "subject", instance_prompt=SUBJECT, train_batch_size=1,
+                        report_to="none", fidelity_model="none", resolution=size, max_train_steps=2)  # fmt: skip
+        self.measure("jax", what, words, lambda done: exists(self.runs / "jax" / "model_index.json"), total=2)
+        shutil.rmtree(self.runs / "jax", ignore_errors=True)
+
     def missing(self, name: str) -> str | None:
         """What a recipe cannot have here, or None."""
         package, folder = OVERLAYS[name]
@@ -289,7 +303,7 @@ class Rehearsal:
 PHASES: dict[str, Callable[[Rehearsal], None]] = {
     "lora": Rehearsal.lora, "lora-2.1": Rehearsal.lora_of_2, "prior": Rehearsal.prior, "full": Rehearsal.full,
     "resume": Rehearsal.resume, **{f"recipe-{name}": partial(Rehearsal.recipe, name=name) for name in RECIPES},
-    "draw": Rehearsal.draw, "open": Rehearsal.open,
+    "jax": Rehearsal.jax, "draw": Rehearsal.draw, "open": Rehearsal.open,
 }  # fmt: skip
 
 

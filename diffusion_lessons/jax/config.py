@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DREAMBOOTH_JAX_PRESETS', 'JAX_PACKAGES', 'FlaxOptions', 'FlaxDefaults', 'TorchOnlyOptions', 'DreamBoothJaxConfig',
-           'parse_dreambooth_jax', 'require_jax', 'train_dreambooth_jax']
+           'check_launch', 'parse_dreambooth_jax', 'require_jax', 'train_dreambooth_jax']
 
 # %% ../../nbs/jax/58_config.ipynb #6b82c290
 import importlib.util
@@ -94,14 +94,19 @@ DREAMBOOTH_JAX_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_dreambooth_jax(argv: Sequence[str]) -> tuple[DreamBoothJaxConfig, LaunchOptions]:
-    """The words of DreamBooth in JAX as a config and how to launch it; raises InputError."""
-    config, launch = parse_command_line(argv, DreamBoothJaxConfig, DREAMBOOTH_JAX_PRESETS, "train-dreambooth-jax")
+def check_launch(launch: LaunchOptions) -> None:
+    """Raise InputError for a way to start processes that does not go with JAX."""
     require(launch.num_processes == 1, "num_processes", launch.num_processes,
             "one process uses all devices of a machine; start one on each machine, with JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID set")
     require(launch.write_deepspeed_config is None, "write_deepspeed_config", launch.write_deepspeed_config,
             "does not go with JAX: DeepSpeed is PyTorch's, in train-dreambooth; here --shard_parameters saves memory")
+
+
+def parse_dreambooth_jax(argv: Sequence[str]) -> tuple[DreamBoothJaxConfig, LaunchOptions]:
+    """The words of `train-dreambooth-jax` as a config and how to launch it; raises InputError."""
+    config, launch = parse_command_line(argv, DreamBoothJaxConfig, DREAMBOOTH_JAX_PRESETS, "train-dreambooth-jax")
+    check_launch(launch)
     return config, launch
 
 # %% ../../nbs/jax/58_config.ipynb #836c1969

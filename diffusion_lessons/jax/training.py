@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from .config import DREAMBOOTH_JAX_PRESETS, DreamBoothJaxConfig
+from .config import DREAMBOOTH_JAX_PRESETS, DreamBoothJaxConfig, check_launch
 from .devices import agreed_stop, bytes_held, copies_on, device_mesh, join_processes, layout_of, on_first
 from .devices import place_batch, place_parameters
 from .sampling import Drawer, own_size
@@ -368,6 +368,7 @@ def dry_run_in_jax(config: DreamBoothJaxConfig) -> str:
 
 def run_dreambooth_jax(config: DreamBoothJaxConfig, options: LaunchOptions) -> None:
     """Check, and train; or only say what would happen."""
+    check_launch(options)
     if join_processes():
         os.environ["RANK"] = str(jax.process_index())  # by which the engine knows who speaks
     refuse_old_flax(config.pretrained_model_name_or_path, "pretrained_model_name_or_path")
