@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of IPython's tracebacks
+MISNAMED = re.compile(r"Launching training on \d+ CUDAs\.\n")  # Accelerate's launcher, of processes on a CPU
 PROGRESS_BAR = re.compile(r"\d+%\|.*\[|\d+(it|step|examples|s)?\s?\[\d+:\d+")
 SKIPPING_FLAGS = {"slow", "cuda"}  # --slow takes the first out
 BUDGET_SECONDS = 60
@@ -86,7 +87,9 @@ def tidy(notebook) -> None:
             for output in cell.outputs:
                 if output.get("name") == "stderr":
                     output.text = without_progress_bars(output.text)
-            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr" or each.text.strip()]
+                elif output.get("name") == "stdout":
+                    output.text = MISNAMED.sub("", output.text)
+            cell.outputs = [each for each in cell.outputs if each.output_type != "stream" or each.text.strip()]
             for output in cell.outputs:
                 if "execution_count" in output:
                     output["execution_count"] = None

@@ -97,6 +97,12 @@ def test_of_several_failures_the_one_that_explains_the_others_is_raised(monkeypa
         launch(lambda: raising(next(left))(), num_processes=2)
 
 
+def test_a_launch_on_processors_is_not_announced_as_cuda(capfd):
+    launch(lambda: print("hello", flush=True), num_processes=2)
+    said = capfd.readouterr().out
+    assert said.count("hello") == 2 and "CUDA" not in said and "Launching" not in said
+
+
 def test_an_unforeseen_failure_in_a_child_names_its_log():
     with pytest.raises(RunFailed, match=r"ZeroDivisionError: oh \(full log: .*\.log\)"):
         launch(raising(ZeroDivisionError("oh")), num_processes=2)

@@ -238,6 +238,18 @@ def _hangups_left_ignored() -> Iterator[bool]:
             signal.signal(HANGUP, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def _launcher_silent() -> Iterator[None]:
+    """Within the block Accelerate's launcher does not announce its processes: those on a CPU it calls CUDAs."""
+    from accelerate import launchers
+
+    launchers.print = lambda *said: None
+    try:
+        yield
+    finally:
+        del launchers.print
+
+
 def _reporting(function: Callable[..., Any], report: Path, hangup_ignored: bool = False) -> Callable[..., None]:
     """Return what each process runs: the function, with a failure written into `report` for the parent to read."""
 
@@ -283,7 +295,8 @@ def launch(function: Callable[..., Any], args: Sequence[Any] = (), num_processes
 
     for noisy in ("torch.distributed.elastic", "torch.distributed.launcher"):  # they print what we report in one line
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="diffusion-lessons-") as folder, _hangups_left_ignored() as ignored:
+    with (tempfile.TemporaryDirectory(prefix="diffusion-lessons-") as folder, _hangups_left_ignored() as ignored,
+          _launcher_silent()):
         try:
             child = _reporting(function, Path(folder), ignored)
             notebook_launcher(child, tuple(args), num_processes, use_port=free_port())

@@ -159,7 +159,8 @@ def gather_for_jax(config: DreamBoothJaxConfig, on_trial: bool = False) -> JaxIn
         note_crops(groups)
     for note in model_notes(config, own_size(model), folder):
         say(f"note: {note}")
-    moments = encode_pairs(model.autoencoder, groups, config.resolution, config.train_batch_size)
+    a_step = config.train_batch_size * jax.device_count()  # pairs that all devices see together
+    moments = encode_pairs(model.autoencoder, groups, config.resolution, a_step)
     ids = tokenize(tokenizer, [config.instance_prompt, config.class_prompt][: len(groups)]).numpy()
     words = ids if config.train_text_encoder else np.asarray(model.text_encoder(ids), np.float32)
     scheduler = scheduler_trained_with(read_json(folder / "scheduler" / "scheduler_config.json", COPY_AGAIN))
