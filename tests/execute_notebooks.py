@@ -32,6 +32,7 @@ NBS = ROOT / "nbs"
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of IPython's tracebacks
 MISNAMED = re.compile(r"Launching training on \d+ CUDAs\.\n")  # Accelerate's launcher, of processes on a CPU
+TEMPORARY = re.compile(rf"{re.escape(tempfile.gettempdir())}/tmp\w{{8}}\b")  # another name in each run
 PROGRESS_BAR = re.compile(r"\d+%\|.*\[|\d+(it|step|examples|s)?\s?\[\d+:\d+")
 SKIPPING_FLAGS = {"slow", "cuda"}  # --slow takes the first out
 BUDGET_SECONDS = 60
@@ -87,8 +88,8 @@ def tidy(notebook) -> None:
             for output in cell.outputs:
                 if output.get("name") == "stderr":
                     output.text = without_progress_bars(output.text)
-                elif output.get("name") == "stdout":
-                    output.text = MISNAMED.sub("", output.text)
+                if output.output_type == "stream":
+                    output.text = TEMPORARY.sub("…", MISNAMED.sub("", output.text))
             cell.outputs = [each for each in cell.outputs if each.output_type != "stream" or each.text.strip()]
             for output in cell.outputs:
                 if "execution_count" in output:
