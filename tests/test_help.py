@@ -16,6 +16,7 @@ from diffusion_lessons.dreambooth.config import (
 from diffusion_lessons.dreambooth.drawing_config import GenerationConfig, parse_generation
 from diffusion_lessons.engine.command_line import LaunchOptions, describe_flag, field_groups, parse_command_line
 from diffusion_lessons.engine.config import RunConfig, option
+from diffusion_lessons.jax.config import DREAMBOOTH_JAX_PRESETS, DreamBoothJaxConfig, parse_dreambooth_jax
 
 
 @dataclass
@@ -56,6 +57,7 @@ def stage_config():
 COMMANDS = {
     "train-butterflies": (parse_butterflies, lambda: TrainingConfig, PRESETS),
     "train-dreambooth": (parse_dreambooth, lambda: DreamBoothConfig, DREAMBOOTH_PRESETS),
+    "train-dreambooth-jax": (parse_dreambooth_jax, lambda: DreamBoothJaxConfig, DREAMBOOTH_JAX_PRESETS),
     "generate-images": (parse_generation, lambda: GenerationConfig, None),
     "diffusion_lessons.miniature autoencoder": (parse_stage, stage_config, {"autoencoder": {}}),
     "sketch": (parse_sketch, lambda: Sketch, {"tiny": {}}),

@@ -40,7 +40,7 @@ ADDED = {
 REFUSED = {
     "lora": True, "rank": 8, "lora_dropout": 0.1, "lora_format": "kohya", "use_8bit_adam": True, "full_bf16": True,
     "fused_backward_pass": True, "enable_xformers_memory_efficient_attention": True, "allow_tf32": True,
-    "dataloader_num_workers": 2,
+    "dataloader_num_workers": 2, "cache_latents": False,
 }  # fmt: skip
 
 
