@@ -46,7 +46,7 @@ def run(folder: Path, trainer: str, kind: str, seed: int, steps: int) -> dict[st
 def reached(words: argparse.Namespace, results: measuring.Results) -> None:
     """The table of what both reach, with the paired difference and its standard error."""
     rows = []
-    for kind in KINDS:
+    for kind in words.kinds:
         found = {trainer: [run(words.folder, trainer, kind, seed, words.steps) for seed in words.seeds]
                  for trainer in COMMANDS}  # fmt: skip
         for column, name in COLUMNS.items():
@@ -159,6 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="+", choices=["reached", "speed"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--steps", type=int, default=300, help="of each run")
     parser.add_argument("--folder", type=Path, default=Path("outputs/jax-beside-torch"), help="of the runs")
     parser.add_argument("--results", type=Path, default=measuring.RESULTS)

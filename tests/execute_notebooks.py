@@ -109,11 +109,14 @@ def lighter_png(encoded: str) -> str:
     """The figure with at most 256 colours, if it is a large one: pictures full of noise shrink to a third.
 
     The colours are chosen by how far apart they are and not by how often they occur: of a grid with one orange fish,
-    the latter would make it a yellow one.
+    the latter would make it a yellow one. A film stays as it is: saved anew it would be a still.
     """
     if len(encoded) < HEAVY_PNG:
         return encoded
-    picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    stored = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    if getattr(stored, "is_animated", False):
+        return encoded
+    picture = stored.convert("RGB")
     buffer = io.BytesIO()
     lighter = picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     lighter.save(buffer, format="PNG", optimize=True)

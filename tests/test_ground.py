@@ -419,3 +419,8 @@ def test_heavy_figures_become_lighter_and_stay_the_same_picture():
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(light))).convert("RGB")).astype(float)
     assert seen.shape == noise.shape and np.abs(seen - noise).mean() < 20
     assert executor().lighter_png("small") == "small"
+    film = io.BytesIO()
+    frames = [Image.fromarray(noise), Image.fromarray(255 - noise)]
+    frames[0].save(film, format="PNG", save_all=True, append_images=frames[1:])
+    animated = base64.b64encode(film.getvalue()).decode()
+    assert executor().lighter_png(animated) == animated, "a film does not become a still"
