@@ -31,7 +31,8 @@ from diffusion_lessons.engine.checkpoints import list_checkpoints
 from diffusion_lessons.engine.commands import free_port
 from diffusion_lessons.engine.optimization import make_optimizer, make_schedule
 from diffusion_lessons.jax.config import DreamBoothJaxConfig
-from diffusion_lessons.jax.devices import device_mesh
+from diffusion_lessons.jax.devices import device_mesh, place_parameters
+from diffusion_lessons.jax.run import emptied
 from diffusion_lessons.jax.step import Drawn, compiled_step, dreambooth_loss, make_adamw, noise_table, rates_of
 from diffusion_lessons.jax.training import gather_for_jax, main, prepare_step
 from diffusion_lessons.stable_diffusion.folder import find_model, load_pipeline
@@ -233,6 +234,19 @@ def test_what_makes_another_run_is_refused_on_resume(whole, place, capsys):
     torch_run = dreambooth_words(place / "subject", place / "whole", "--resume_from_checkpoint", "latest",
                                  pretrained_model_name_or_path=place / "model", fidelity_model="none")
     assert torch_main(torch_run) == 2, "PyTorch does not go on with what JAX has begun"
+
+
+def test_a_state_makes_room_before_another_is_read_and_a_step_uses_up_what_was_placed():
+    """Weights, moments and averages of a real model are there once, or they do not fit."""
+    state = {"weights": jax.numpy.ones((64, 64))}
+    like = emptied(state)
+    assert state["weights"].is_deleted() and (like["weights"].shape, like["weights"].dtype) == ((64, 64), np.float32)
+    network = jax.numpy.ones((512, 512))
+    address = network.unsafe_buffer_pointer()
+    placed = place_parameters({"weights": network}, device_mesh())
+    del network
+    changed = jax.jit(lambda tree: jax.tree.map(lambda each: each + 1, tree), donate_argnums=0)(placed)
+    assert changed["weights"].unsafe_buffer_pointer() == address, "the memory that the weights were read into"
 
 
 # --- many devices ---

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA', 'SMALL', 'PROCESS_VARIABLES', 'device_mesh', 'rows_over', 'copies_on', 'place_batch', 'holdings', 'parts_over',
-           'place_parameters', 'layout_of', 'bytes_held', 'join_processes', 'on_host', 'on_first', 'agreed_stop']
+           'place_array', 'place_parameters', 'layout_of', 'bytes_held', 'join_processes', 'on_host', 'on_first',
+           'agreed_stop']
 
 # %% ../../nbs/jax/56_devices.ipynb #0234b77e
 import os
@@ -71,17 +72,24 @@ def parts_over(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(DATA if axis == cut else None for axis in range(len(shape)))))
 
 # %% ../../nbs/jax/56_devices.ipynb #1da26a6f
+def place_array(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array, the same in every process, as a sharding says.
+
+    One process shares memory with the array where it can; a compiled step may then use that up.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def place_parameters(parameters: Any, mesh: Mesh, shard: bool = False) -> Any:
     """A tree of arrays, the same in every process, on the mesh: as a copy on each device, or large ones in parts.
 
     An optimizer's state that is made from the result by `zeros_like`, as Optax does, lies as the parameters do.
     """
-    def placed(array: Any) -> jax.Array:
-        host = np.asarray(array)
-        sharding = parts_over(mesh, host.shape) if shard else copies_on(mesh)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(placed, parameters)
+    return jax.tree.map(lambda array: place_array(
+        array, parts_over(mesh, np.shape(array)) if shard else copies_on(mesh)), parameters)
 
 # %% ../../nbs/jax/56_devices.ipynb #2d7ab7af
 def layout_of(tree: Any, mesh: Mesh) -> Any:
