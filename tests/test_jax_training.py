@@ -267,8 +267,9 @@ print(json.dumps({"losses": losses, "processes": jax.process_count(), "devices":
 def losses_on(place: Path, output: str, devices: int, processes: int = 1, **fields) -> list[dict]:
     """What each process saw of a run of eight pairs a step, on so many devices each."""
     batch = 8 // (devices * processes)
-    fields = {"train_batch_size": batch, "max_train_steps": 4, "logging_steps": 2, "learning_rate": 1e-3} | fields
-    words = jax_words(place / "model", place / "subject", place / output, **prior_words(place / "class"), **fields)
+    usual = {"train_batch_size": batch, "max_train_steps": 4, "logging_steps": 2, "learning_rate": 1e-3}
+    words = jax_words(place / "model", place / "subject", place / output,
+                      **prior_words(place / "class") | usual | fields)
     address = {} if processes == 1 else {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
                                          "JAX_NUM_PROCESSES": str(processes)}
     started = [subprocess.Popen(
@@ -302,6 +303,18 @@ def test_two_processes_train_as_one_and_leave_one_model(alone, place):
         np.testing.assert_allclose(seen["losses"], alone["losses"], rtol=1e-5)
     compare_models(place / "two", place / "alone")
     assert [each.step for each in list_checkpoints(place / "two")] == [2, 4]
+
+
+def test_two_processes_share_the_drawing_and_one_of_them_looks(place):
+    """Class images by both; validation pictures and the table's rows by the first."""
+    drawn = {"class_data_dir": place / "by-two", "num_class_images": 3, "sample_batch_size": 1}
+    looks = {"validation_prompt": SUBJECT, "validation_steps": 1, "num_validation_images": 2, "shard_parameters": True,
+             "fidelity_model": "miniature", "max_train_steps": 1, "checkpointing_steps": 1}
+    losses_on(place, "looked", 2, processes=2, **drawn, **looks)
+    assert len(list((place / "by-two").glob("generated-*.png"))) == 3
+    assert (place / "looked" / "samples" / "step-000001.png").is_file()
+    rows = json.loads((place / "looked" / "fidelity.json").read_text())
+    assert [row["step"] for row in rows] == [0, 1]
 
 
 def compare_models(one: Path, other: Path) -> None:
