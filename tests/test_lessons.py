@@ -1,6 +1,7 @@
 """The contract of a lesson: its parts, its proportions, and that what is stored in it was made by running it."""
 import ast
 import base64
+import builtins
 import io
 import itertools
 import re
@@ -56,6 +57,29 @@ def words(text: str) -> int:
     """Words of prose; code blocks, formulas and addresses do not count."""
     text = re.sub(r"```.*?```|\$\$.*?\$\$|\]\([^)]*\)", " ", text, flags=re.DOTALL)
     return len(re.findall(r"[A-Za-z][A-Za-z'’-]*", text))
+
+
+def names_bound(tree: ast.AST) -> set[str]:
+    """All names that any line of the code gives a meaning to, wherever it stands."""
+    bound = set()
+    for node in ast.walk(tree):
+        if is_import(node):
+            bound |= {(each.asname or each.name).split(".")[0] for each in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound.add(node.id)
+    return bound
+
+
+@each_lesson
+def test_no_name_is_used_that_the_lesson_does_not_know(name):
+    """In a second, what otherwise only a run of all lessons tells: an import that went with what needed it."""
+    tree = ast.Module([statement for cell in code_cells(name) for statement in statements(cell)], [])
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    assert used - names_bound(tree) <= {*dir(builtins), "display", "get_ipython"}
 
 
 def test_there_are_lessons():
