@@ -58,7 +58,8 @@ def reached(words: argparse.Namespace, results: measuring.Results) -> None:
             row |= {"difference": round(statistics.mean(gaps), 3), "standard error": round(
                 spread(gaps) / math.sqrt(len(gaps)), 3), "values": values}  # fmt: skip
             rows.append(row)
-            results.section("reached", title=f"What both reach: {words.steps} steps, seeds {words.seeds}", rows=rows)
+            title = f"What both reach: {words.steps} steps, seeds {words.seeds[0]} to {words.seeds[-1]}"
+            results.section(f"reached-{len(words.seeds)}", title=title, rows=rows)
             print(row, flush=True)
 
 
