@@ -243,9 +243,12 @@ def test_a_state_makes_room_before_another_is_read_and_a_step_uses_up_what_was_p
     assert state["weights"].is_deleted() and (like["weights"].shape, like["weights"].dtype) == ((64, 64), np.float32)
     network = jax.numpy.ones((512, 512))
     address = network.unsafe_buffer_pointer()
-    placed = place_parameters({"weights": network}, device_mesh())
+    step = jax.jit(lambda tree: jax.tree.map(lambda each: each + 1, tree), donate_argnums=0)
+    step(place_parameters({"weights": network}, device_mesh()))
+    assert float(network.sum()) == 512 * 512, "whoever keeps the array still has it"
+    placed = place_parameters({"weights": network}, device_mesh(), take=True)
     del network
-    changed = jax.jit(lambda tree: jax.tree.map(lambda each: each + 1, tree), donate_argnums=0)(placed)
+    changed = step(placed)
     assert changed["weights"].unsafe_buffer_pointer() == address, "the memory that the weights were read into"
 
 

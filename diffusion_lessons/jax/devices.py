@@ -72,24 +72,25 @@ def parts_over(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(DATA if axis == cut else None for axis in range(len(shape)))))
 
 # %% ../../nbs/jax/56_devices.ipynb #1da26a6f
-def place_array(array: Any, sharding: NamedSharding) -> jax.Array:
+def place_array(array: Any, sharding: NamedSharding, take: bool = False) -> jax.Array:
     """An array, the same in every process, as a sharding says.
 
-    One process shares memory with the array where it can; a compiled step may then use that up.
+    take: whether its memory may be taken over, so that a step which uses up the result uses up the array, too.
     """
     if jax.process_count() == 1:
-        return jax.device_put(array, sharding)
+        return jax.device_put(array, sharding, may_alias=take)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def place_parameters(parameters: Any, mesh: Mesh, shard: bool = False) -> Any:
+def place_parameters(parameters: Any, mesh: Mesh, shard: bool = False, take: bool = False) -> Any:
     """A tree of arrays, the same in every process, on the mesh: as a copy on each device, or large ones in parts.
 
-    An optimizer's state that is made from the result by `zeros_like`, as Optax does, lies as the parameters do.
+    take: as for `place_array`. An optimizer's state that is made from the result by `zeros_like`, as Optax does, lies
+    as the parameters do.
     """
     return jax.tree.map(lambda array: place_array(
-        array, parts_over(mesh, np.shape(array)) if shard else copies_on(mesh)), parameters)
+        array, parts_over(mesh, np.shape(array)) if shard else copies_on(mesh), take), parameters)
 
 # %% ../../nbs/jax/56_devices.ipynb #2d7ab7af
 def layout_of(tree: Any, mesh: Mesh) -> Any:

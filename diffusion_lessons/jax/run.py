@@ -101,7 +101,8 @@ class StateFolder:
         for name, placed in like.items():
             path = folder / f"{name}{suffix}"
             read = nnx.split(read_part(path if path.is_dir() else folder / name, part=name))[1]
-            weights[name] = jax.tree.map(lambda each, place: place_array(each, place.sharding), read, placed)
+            weights[name] = jax.tree.map(lambda each, place: place_array(each, place.sharding, take=True),
+                                         read, placed)
         return weights
 
 # %% ../../nbs/jax/57_run_in_jax.ipynb #6656b6c1

@@ -213,7 +213,7 @@ def make_loss(config: DreamBoothJaxConfig, model: StableDiffusion, noise_schedul
 def place_network(network: nnx.Module, mesh: Mesh, shard: bool) -> nnx.State:
     """The weights of a network on the mesh; the network keeps only their shapes, so that none are there twice."""
     weights = nnx.split(network)[1]
-    placed = place_parameters(weights, mesh, shard)
+    placed = place_parameters(weights, mesh, shard, take=True)
     nnx.update(network, jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), weights))
     return placed
 
