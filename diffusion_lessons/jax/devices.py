@@ -75,10 +75,11 @@ def parts_over(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 def place_array(array: Any, sharding: NamedSharding, take: bool = False) -> jax.Array:
     """An array, the same in every process, as a sharding says.
 
-    take: whether its memory may be taken over, so that a step which uses up the result uses up the array, too.
+    take: whether its memory may be taken over where it lies on the only device already; a step that uses up the result
+    then uses up the array, too.
     """
-    if jax.process_count() == 1:
-        return jax.device_put(array, sharding, may_alias=take)
+    if take and sharding.num_devices == 1:
+        return jax.device_put(array, sharding)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
