@@ -219,7 +219,7 @@ def test_the_installed_command_points_at_its_front_door():
 
     settings = (Path(__file__).parent.parent / "settings.ini").read_text()
     commands = dict(word.split("=") for word in re.search(r"^console_scripts = (.+)$", settings, re.M)[1].split())
-    assert set(commands) == {"train-butterflies", "train-dreambooth", "generate-images"}
+    assert set(commands) == {"train-butterflies", "train-dreambooth", "train-dreambooth-jax", "generate-images"}
     for place in commands.values():
         module, _, name = place.partition(":")
         assert callable(getattr(import_module(module), name))

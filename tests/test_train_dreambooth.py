@@ -633,8 +633,8 @@ class StubTable:
 def test_the_verdict_names_a_checkpoint_that_is_there(scores, kept, said, unsaid, tmp_path):
     for step in kept:
         (tmp_path / f"checkpoint-{step}").mkdir()
-    verdict = Watch(SimpleNamespace(checkpoints_total_limit=None), None, StubTable(scores), None).verdict(
-        SimpleNamespace(output_dir=tmp_path, global_step=4))
+    config = SimpleNamespace(checkpoints_total_limit=None, output_dir=tmp_path)
+    verdict = Watch(config, None, StubTable(scores), None).verdict(SimpleNamespace(global_step=4))
     assert verdict.startswith("the table") and said in verdict and unsaid not in verdict
     assert verdict.count("\n") <= 1
 
