@@ -392,6 +392,16 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_way_on(place, tmp_path, 
     assert "not finite" in line and "full log" in line
 
 
+def test_an_old_checkpoint_that_cannot_go_does_not_end_the_run(place, tmp_path, capsys, monkeypatch):
+    def locked(*_):
+        raise OSError("Permission denied")
+
+    monkeypatch.setattr("diffusion_lessons.engine.checkpointer.prune_checkpoints", locked)
+    words = jax_words(place / "model", place / "subject", tmp_path / "out", max_train_steps=2, checkpoints_total_limit=1)
+    assert main(words) == 0
+    assert "checkpoint-2 is complete, but an older one could not be removed" in capsys.readouterr().out
+
+
 def test_a_dry_run_says_what_is_to_come_and_writes_nothing(place, tmp_path, capsys):
     prior = prior_words(tmp_path / "class") | {"num_class_images": 7}
     words = jax_words(place / "model", place / "subject", tmp_path / "out", "--dry_run", **prior, max_train_steps=None)

@@ -6,7 +6,7 @@
 __all__ = ['RECIPE_FILE', 'GENERATED_NAME', 'SYSTEM_FILES', 'ABANDONED_AFTER', 'generation_recipe', 'recipe_key',
            'check_class_folder', 'sort_class_folder', 'missing_numbers', 'save_picture', 'generate_missing',
            'save_drawn', 'held_folder', 'read_recipes', 'note_recipe', 'tidy_class_folder', 'choose_class_images',
-           'pictures_of_subject', 'subject_notes', 'ensure_class_images']
+           'pictures_of_subject', 'subject_notes', 'Processes', 'fill_class_folder', 'ensure_class_images']
 
 # %% ../../nbs/workshop/89_class_images.ipynb #b32a21f5
 import contextlib
@@ -17,8 +17,9 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -245,14 +246,23 @@ def subject_notes(subject: Source, others: Source) -> list[str]:
     return [f"the class folder holds {number} of the subject ({shown}), from which it would learn that the class is "
             "the subject; take them out of --class_data_dir"]
 
-# %% ../../nbs/workshop/89_class_images.ipynb #0b0e741b
-def ensure_class_images(config: DreamBoothConfig, fingerprints: Mapping[str, str], accelerator: Accelerator,
-                        plan: PrecisionPlan, load: Callable[[], StableDiffusionPipeline]) -> Source:
-    """The class images of a run: what is in the folder, topped up with generated ones as far as some are missing.
+# %% ../../nbs/workshop/89_class_images.ipynb #c89a0002
+class Processes(NamedTuple):
+    """How several processes work together: which of how many this one is, and how they agree and wait."""
 
-    The processes share the work, each draws other pictures. fingerprints: of the model's networks. load: called where
-    pictures are missing; returns the model that draws them, in the precision and the places that the plan says.
-    Pictures that were generated for another prompt or with other weights are not used, and stay; so do the user's own.
+    number: int
+    count: int
+    on_first: Callable[[Callable[[], Any]], Any]  # calls it in the first process; returns in all what it returned
+    wait: Callable[[], Any]  # until all have come
+
+# %% ../../nbs/workshop/89_class_images.ipynb #c89a0003
+def fill_class_folder(config: DreamBoothConfig, fingerprints: Mapping[str, str], processes: Processes,
+                      draw_share: Callable[[Path, str, Sequence[int], dict[str, Any]], None]) -> Source:
+    """The class images of a run: what is in the folder, topped up as far as some are missing.
+
+    fingerprints: of the model's networks. draw_share: where pictures are missing, draws those with the numbers of this
+    process; gets the folder, the recipe's key, the numbers, and the recipe. Pictures that were generated for another
+    prompt or with other weights are not used, and stay; so do the user's own.
     Raises InputError for a folder that holds anything else, or cannot be written.
     """
     folder, recipe = Path(config.class_data_dir), generation_recipe(config, fingerprints)
@@ -265,12 +275,27 @@ def ensure_class_images(config: DreamBoothConfig, fingerprints: Mapping[str, str
         return tidy_class_folder(folder, recipe, config.num_class_images)
 
     with contextlib.ExitStack() as held:
-        numbers = on_main(accelerator, lambda: prepare(held))
-        share = numbers[accelerator.process_index :: accelerator.num_processes]
+        numbers = processes.on_first(lambda: prepare(held))
+        share = numbers[processes.number :: processes.count]
         if share:
-            with plan.autocast(Phase.CLASS_IMAGES):
-                generate_missing(folder, key, share, recipe, load(), config.sample_batch_size,
-                                 quiet=not accelerator.is_main_process, device=plan.device)
-        accelerator.wait_for_everyone()
+            draw_share(folder, key, share, recipe)
+        processes.wait()
     chosen = choose_class_images(folder, key, config.num_class_images)
     return Source([str(path) for path in chosen], key, lambda: chosen.__getitem__)
+
+# %% ../../nbs/workshop/89_class_images.ipynb #0b0e741b
+def ensure_class_images(config: DreamBoothConfig, fingerprints: Mapping[str, str], accelerator: Accelerator,
+                        plan: PrecisionPlan, load: Callable[[], StableDiffusionPipeline]) -> Source:
+    """`fill_class_folder`, where missing pictures are drawn by a pipeline.
+
+    load: called where pictures are missing; returns the model that draws them, in the precision and the places that
+    the plan says.
+    """
+    def draw_share(folder: Path, key: str, numbers: Sequence[int], recipe: dict[str, Any]) -> None:
+        with plan.autocast(Phase.CLASS_IMAGES):
+            generate_missing(folder, key, numbers, recipe, load(), config.sample_batch_size,
+                             quiet=not accelerator.is_main_process, device=plan.device)
+
+    processes = Processes(accelerator.process_index, accelerator.num_processes,
+                          partial(on_main, accelerator), accelerator.wait_for_everyone)
+    return fill_class_folder(config, fingerprints, processes, draw_share)

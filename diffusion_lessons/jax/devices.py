@@ -8,6 +8,7 @@ __all__ = ['DATA', 'SMALL', 'PROCESS_VARIABLES', 'device_mesh', 'rows_over', 'co
            'agreed_stop']
 
 # %% ../../nbs/jax/56_devices.ipynb #0234b77e
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -148,9 +149,9 @@ def on_host(tree: Any) -> Any:
 
 # %% ../../nbs/jax/56_devices.ipynb #d3a7021c
 def on_first(function: Callable[[], Any]) -> Any:
-    """Call it in the first process, for which the others wait; returns what it returned there, elsewhere None.
+    """Call it in the first process, for which the others wait; returns in all of them what it returned there.
 
-    Raises in all of them where it failed: in the others RunFailed.
+    That must be what JSON can say. Raises in all of them where it failed: in the others RunFailed.
     """
     if jax.process_count() == 1:
         return function()
@@ -165,7 +166,9 @@ def on_first(function: Callable[[], Any]) -> Any:
         raise error
     if failed:
         raise RunFailed("the first process failed, and says why")
-    return result
+    said = np.frombuffer(json.dumps(result).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(said, length).astype(np.uint8))))
 
 
 def agreed_stop(received: int | None, may_wait: bool) -> int | None:

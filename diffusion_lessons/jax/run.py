@@ -22,22 +22,18 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from flax import nnx
 from jax.sharding import Mesh
-from PIL import Image
 
-from ..engine.checkpointer import FINISHED_TEXT, Position, last_checkpoint_text
-from ..engine.checkpoints import PROGRESS, Checkpoint, Digests, begin_folder, compare_progress
-from ..engine.checkpoints import complete_folder, find_checkpoint, place_folder, prune_checkpoints
-from ..engine.checkpoints import set_aside_later, write_json
-from ..engine.commands import RunFailed, StopSignals, lasting_output, one_line
+from ..engine.checkpointer import finish_checkpoint, last_checkpoint_text, prune_after, tell_found
+from ..engine.checkpoints import Checkpoint, Digests, begin_folder, compare_progress, find_checkpoint
+from ..engine.commands import RunFailed, lasting_output, one_line
 from ..engine.config import InputError, public_fields, save_config
 from ..engine.data import Stream, mixed_seed
 from ..engine.devices import forget_accelerator, is_out_of_memory, out_of_memory_named
 from ..engine.optimization import count_steps, warmup_warning
-from ..engine.output_folder import CONFIG_NAME, OutputFolder, finished_without_checkpoint
-from ..engine.output_folder import set_aside_samples
+from ..engine.output_folder import CONFIG_NAME, OutputFolder, set_aside_samples
 from ..engine.precision import Phase
-from ..engine.run import Timing, watching_signals
-from ..engine.tracking import LossLog, ProgressMeter, end_trackers, log_image, say, start_tracker
+from ..engine.run import BaseRun, watching_signals
+from ..engine.tracking import LossLog, ProgressMeter, end_trackers, say, start_tracker
 from .config import DreamBoothJaxConfig
 from .devices import agreed_stop, on_first, on_host, place_array, place_batch
 from .folder import TrainedPart, read_part
@@ -127,7 +123,7 @@ class JaxLossLog(LossLog):
 # %% ../../nbs/jax/57_run_in_jax.ipynb #f256a5a9
 #| code-fold: true
 #| code-summary: "JaxRun: the loop, looking and saving"
-class JaxRun:
+class JaxRun(BaseRun):
     """One training run in JAX: a `StepState`, a number of steps, and what is kept of them. See `start_jax_run`.
 
     storage: how the state lies in a checkpoint. moments: of all pairs, float16 (pairs, groups, h, w, 2 · channels), the
@@ -136,29 +132,19 @@ class JaxRun:
 
     def __init__(self, config: DreamBoothJaxConfig, state: StepState, storage: StateFolder, moments: np.ndarray,
                  fingerprint: str, mesh: Mesh, accelerator: Accelerator, command: str) -> None:
-        self.config, self.state, self.storage, self.moments = config, state, storage, moments
-        self.mesh, self.accelerator, self.command = mesh, accelerator, command
-        self.output_dir, self.is_main = Path(config.output_dir), jax.process_index() == 0
         self.batch = config.train_batch_size * mesh.size
-        self.steps = count_steps(-(-len(moments) // self.batch), config.gradient_accumulation_steps,
-                                 config.num_train_epochs, config.max_train_steps)
-        self.total_steps, self.steps_per_epoch = self.steps.total, self.steps.per_epoch
+        steps = count_steps(-(-len(moments) // self.batch), config.gradient_accumulation_steps,
+                            config.num_train_epochs, config.max_train_steps)
+        super().__init__(config, accelerator, Path(config.output_dir), steps, command,
+                         JaxLossLog(accelerator, config.logging_steps), jax.process_index() == 0)
+        self.state, self.storage, self.moments, self.mesh = state, storage, moments, mesh
         self.rates: Rates = rates_of(config, self.steps.total, mesh.size)
-        self.position, self.stop = Position(), StopSignals()
-        self.timing = Timing(self.position, self.steps)
         self.about = {"total_steps": self.steps.total, "steps_per_epoch": self.steps.per_epoch,
                       "num_processes": mesh.size, "data": fingerprint, "device": f"jax-{jax.default_backend()}",
                       "skipped": 0, "config": public_fields(config),
                       "versions": {"python": platform.python_version(), "jax": jax.__version__}}
-        self.loss_log = JaxLossLog(accelerator, config.logging_steps)
-        self.losses = self.loss_log.values
         pictures = self.batch * config.gradient_accumulation_steps
         self.meter = ProgressMeter(self.steps.total, pictures, f"jax-{jax.default_backend()}", self.is_main)
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps done."""
-        return self.position.global_step
 
     # --- the loop ---
 
@@ -185,32 +171,16 @@ class JaxRun:
         self.state = state
         self.position.global_step += 1
         self.loss_log.add(loss)
-        self.meter.step_done()
-        last = self.timing.at_the_end
-        saving = last or self.global_step % self.config.checkpointing_steps == 0
-        stop = agreed_stop(self.stop.received, may_wait=saving or self.loss_log.is_full)
-        saving |= stop is not None
-        if saving or self.loss_log.is_full:
-            self._log()
-        if saving:
-            self._require_finite_weights()
-            self.save_checkpoint()
-        if stop is not None and not last:
-            self.stop.received = stop
-            raise self.stop.exception()
+        self._after_step()
 
-    def _log(self) -> None:
-        rate = float(self.rates.learning_rate[self.global_step - 1])
-        try:
-            loss = self.loss_log.read(self.global_step, learning_rate=rate, epoch=self.position.epoch)
-        except RunFailed as error:
-            raise RunFailed(f"{error}. {self.last_checkpoint_text()}") from None
-        self.meter.show(loss, rate)
+    def _agreed_stop(self, may_wait: bool) -> int | None:
+        return agreed_stop(self.stop.received, may_wait)
 
-    def _require_finite_weights(self) -> None:
-        if not bool(all_finite(self.state.weights)):
-            raise RunFailed(f"weights are not finite after step {self.global_step}; lower --learning_rate. "
-                            f"{self.last_checkpoint_text()}")
+    def _numbers(self) -> dict[str, float]:
+        return {"learning_rate": float(self.rates.learning_rate[self.global_step - 1]), "epoch": self.epoch}
+
+    def _is_finite(self) -> bool:
+        return bool(all_finite(self.state.weights))
 
     # --- looking and saving ---
 
@@ -222,19 +192,19 @@ class JaxRun:
         weights = self.state.averages or self.state.weights
         return weights if jax.process_count() == 1 else on_host(weights)
 
-    def log_image(self, name: str, image: Image.Image) -> None:
-        """Send a picture to the run's tracker at the current step; call it in the first process."""
-        log_image(self.accelerator, name, image, self.global_step)
-
     def save_checkpoint(self) -> None:
         """Write `checkpoint-STEP`, all processes together; raises RunFailed with the way on when it cannot."""
         path = self.output_dir / f"checkpoint-{self.global_step}"
         partial = path.with_name(f".{path.name}.partial")
         try:
-            on_first(lambda: begin_folder(path))
+            on_first(lambda: str(begin_folder(path)))
             self.storage.save_optimizer(partial, self.state)
             weights, averages = on_host(self.state.weights), on_host(self.state.averages)
-            on_first(lambda: self._finish(path, partial, weights, averages))
+
+            def save_models(folder: Path, digests: Digests) -> None:
+                self.storage.save_weights(folder, weights, averages)
+
+            on_first(lambda: finish_checkpoint(path, save_models, self.progress()))
         except BaseException as error:
             if self.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -242,19 +212,8 @@ class JaxRun:
                 raise RunFailed(f"{path.name} could not be written: {one_line(error, 200)}; free some space. "
                                 f"{self.last_checkpoint_text()}") from error
             raise
-
-    def _finish(self, path: Path, partial: Path, weights: Any, averages: Any) -> None:
-        with closing(Digests(partial)) as digests:
-            digests.take()
-            self.storage.save_weights(partial, weights, averages)
-            write_json(partial / PROGRESS, self.progress())
-            complete_folder(partial, digests)
-        left = set_aside_later(self.output_dir, self.global_step)
-        place_folder(partial, path)
-        if left:
-            say(f"{', '.join(left)}: of a branch that this run has left; renamed to abandoned-…")
-        limit = self.config.checkpoints_total_limit
-        prune_checkpoints(self.output_dir, limit if limit is None else max(1, limit))
+        if self.is_main:
+            prune_after(path, self.limit)
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint of this moment says of itself."""
@@ -287,14 +246,8 @@ def find_place(config: DreamBoothJaxConfig) -> Checkpoint | None:
     choice, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     if choice is None:
         return None
-    checkpoint, notes = find_checkpoint(output_dir, choice)
-    if checkpoint is None and finished_without_checkpoint(output_dir):
-        raise InputError(f"--resume_from_checkpoint {choice}: {FINISHED_TEXT.format(output_dir)}")
-    for note in notes:
-        say(note)
-    if checkpoint is None:
-        say(f"no {'sound' if notes else 'complete'} checkpoint in {output_dir}{'' if notes else ' yet'}: starting anew")
-    elif not (checkpoint.path / OPTIMIZER).is_dir():
+    checkpoint = tell_found(output_dir, choice, *find_checkpoint(output_dir, choice))
+    if checkpoint is not None and not (checkpoint.path / OPTIMIZER).is_dir():
         raise InputError(f"--resume_from_checkpoint {checkpoint.path}: was written by train-dreambooth; go on with "
                          f"that command, or let generate-images --checkpoint {checkpoint.path} --save_pipeline DIR "
                          "make a model of it, and train on from there")

@@ -9,7 +9,6 @@ __all__ = ['FORMATS', 'SOLVERS', 'read_networks', 'read_tokenizer', 'model_finge
            'run_dreambooth_jax', 'main']
 
 # %% ../../nbs/jax/59_training_in_jax.ipynb #83c33b08
-import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -28,24 +27,23 @@ from jax.sharding import Mesh
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ..dreambooth.class_images import check_class_folder, choose_class_images, generation_recipe
-from ..dreambooth.class_images import held_folder, missing_numbers, recipe_key, save_drawn
-from ..dreambooth.class_images import subject_notes, tidy_class_folder
+from ..dreambooth.class_images import Processes, fill_class_folder, generation_recipe
+from ..dreambooth.class_images import missing_numbers, recipe_key, save_drawn, subject_notes
 from ..dreambooth.fidelity import FidelityTable, forget_rows, load_encoders, make_table, verdict
-from ..dreambooth.loop import OFFSET_NOISE
+from ..dreambooth.loop import OFFSET_NOISE, prompt_grid
 from ..dreambooth.preparation import check_before_work, model_notes
 from ..dreambooth.subject import data_fingerprint, instance_source, middle, note_crops, read_pictures
 from ..dreambooth.subject import say_notes
-from ..dreambooth.training import card_text
+from ..dreambooth.training import leave_card
 from ..engine.checkpointer import is_over
 from ..engine.checkpoints import begin_folder, flush_folder, place_folder
 from ..engine.command_line import LaunchOptions
 from ..engine.commands import training_command
 from ..engine.devices import out_of_memory_named
 from ..engine.optimization import count_steps
-from ..engine.output_folder import newest_samples, samples_path
+from ..engine.output_folder import samples_path
 from ..engine.precision import Phase
-from ..engine.publishing import push_to_hub, save_parts, write_model_card
+from ..engine.publishing import save_parts
 from ..engine.tracking import say
 from .config import DREAMBOOTH_JAX_PRESETS, DreamBoothJaxConfig, check_launch
 from .devices import agreed_stop, bytes_held, copies_on, device_mesh, join_processes, layout_of
@@ -55,7 +53,6 @@ from .run import JaxRun, StateFolder, start_jax_run
 from .sampling import Drawer, own_size
 from .step import StepProgram, StepState, begin_state, compiled_step, draw_chance, dreambooth_loss
 from .step import encode_pairs, make_adamw, noise_table, step_key
-from ..pictures.figures import make_grid
 from ..pictures.sets import Source
 from ..stable_diffusion.drawing import scheduler_trained_with
 from ..stable_diffusion.folder import COPY_AGAIN, files_fingerprint, find_model, network_fingerprints
@@ -110,32 +107,19 @@ def find_class_images(config: DreamBoothJaxConfig, fingerprints: Mapping[str, st
     A folder that the PyTorch side has filled is found full: prompt, weights and solver are the same recipe. Several
     processes share the work. Raises InputError for a folder that holds anything else, or cannot be written.
     """
-    folder, recipe = Path(config.class_data_dir), generation_recipe(config, fingerprints)
-    key, wanted = recipe_key(recipe), config.num_class_images
+    def draw_share(folder: Path, key: str, numbers: Sequence[int], recipe: dict[str, Any]) -> None:
+        model = read_networks(config, config.prior_generation_precision or config.mixed_precision)
+        drawer = Drawer(model, read_tokenizer(config, model))
+        settings = {name: recipe[name] for name in ("num_inference_steps", "guidance_scale")}
 
-    def prepare(held: contextlib.ExitStack) -> None:
-        check_class_folder(folder)
-        if missing_numbers(folder, key, wanted):
-            held.enter_context(held_folder(folder))
-        tidy_class_folder(folder, recipe, wanted)
+        def draw_some(seeds: Sequence[int]) -> Tensor:
+            return drawer([recipe["prompt"]] * len(seeds), seeds=seeds, batch_size=len(seeds), **settings)
 
-    with contextlib.ExitStack() as held:
-        on_first(lambda: prepare(held))
-        share = missing_numbers(folder, key, wanted)[jax.process_index() :: jax.process_count()]
-        if share:
-            model = read_networks(config, config.prior_generation_precision or config.mixed_precision)
-            drawer = Drawer(model, read_tokenizer(config, model))
-            draw_some = partial(_draw_class, drawer, recipe)
-            save_drawn(folder, key, share, draw_some, config.sample_batch_size * drawer.mesh.size,
-                       quiet=jax.process_index() > 0)
-        agreed_stop(None, may_wait=True)  # all wait until the last has drawn its share
-    chosen = choose_class_images(folder, key, wanted)
-    return Source([str(path) for path in chosen], key, lambda: chosen.__getitem__)
+        save_drawn(folder, key, numbers, draw_some, config.sample_batch_size * drawer.mesh.size,
+                   quiet=jax.process_index() > 0)
 
-
-def _draw_class(drawer: Drawer, recipe: Mapping[str, Any], seeds: Sequence[int]) -> Tensor:
-    settings = {name: recipe[name] for name in ("num_inference_steps", "guidance_scale")}
-    return drawer([recipe["prompt"]] * len(seeds), seeds=seeds, batch_size=len(seeds), **settings)
+    processes = Processes(jax.process_index(), jax.process_count(), on_first, lambda: agreed_stop(None, may_wait=True))
+    return fill_class_folder(config, fingerprints, processes, draw_share)
 
 # %% ../../nbs/jax/59_training_in_jax.ipynb #13357502
 #| code-fold: true
@@ -147,7 +131,8 @@ class JaxIngredients(NamedTuple):
     tokenizer: CLIPTokenizer
     moments: np.ndarray  # of all pairs
     words: np.ndarray  # token numbers of the prompts where the text encoder learns, else its hidden states
-    fingerprint: str
+    fingerprints: dict[str, str]  # of the model's networks
+    data: str  # what tells pictures and frozen weights from others
     noise_scheduler: DDPMScheduler
     table: FidelityTable | None
 
@@ -160,7 +145,7 @@ def gather_for_jax(config: DreamBoothJaxConfig, on_trial: bool = False) -> JaxIn
     on_trial: nothing is drawn; the subject's pictures stand for those of the class, which are as large.
     """
     folder = find_model(config.pretrained_model_name_or_path, config.revision, config.variant)
-    fingerprints = model_fingerprints(config)
+    fingerprints = on_first(lambda: model_fingerprints(config))  # gigabytes: read once
     width = read_json(folder / "text_encoder" / "config.json", COPY_AGAIN).get("hidden_size")
     measures = jax.process_index() == 0 and not on_trial
     clip, eye = load_encoders(config, width) if measures else (None, None)
@@ -185,8 +170,9 @@ def gather_for_jax(config: DreamBoothJaxConfig, on_trial: bool = False) -> JaxIn
     ids = tokenize(tokenizer, [config.instance_prompt, config.class_prompt][: len(groups)]).numpy()
     words = ids if config.train_text_encoder else np.asarray(model.text_encoder(ids), np.float32)
     scheduler = scheduler_trained_with(read_json(folder / "scheduler" / "scheduler_config.json", COPY_AGAIN))
-    return JaxIngredients(model, tokenizer, moments, words, data_fingerprint(config, groups, fingerprints), scheduler,
-                       make_table(config, clip, middle(groups[0], config.resolution), eye))
+    table = make_table(config, clip, middle(groups[0], config.resolution), eye)
+    return JaxIngredients(model, tokenizer, moments, words, fingerprints,
+                          data_fingerprint(config, groups, fingerprints), scheduler, table)
 
 # %% ../../nbs/jax/59_training_in_jax.ipynb #86141dcb
 def learning_parts(config: DreamBoothJaxConfig, model: StableDiffusion) -> dict[str, nnx.Module]:
@@ -264,9 +250,7 @@ class JaxWatch:
                           batch_size=config.sample_batch_size * self.drawer.mesh.size)
         with out_of_memory_named(config, Phase.LOOK, run.last_checkpoint_text), run.meter.aside():
             if draws and not path.exists():
-                rows = [drawing([prompt] * config.num_validation_images, seed=config.seed, guidance_scale=7.5)
-                        for prompt in config.validation_prompt]
-                grid = make_grid([picture for row in rows for picture in row], len(rows), len(rows[0]))
+                grid = prompt_grid(drawing, config.validation_prompt, config.num_validation_images, config.seed)
                 path.parent.mkdir(exist_ok=True)
                 grid.save(path)
                 run.log_image("validation", grid)
@@ -314,13 +298,7 @@ def finish_jax_run(run: JaxRun, config: DreamBoothJaxConfig, found: JaxIngredien
     if found.table is not None:
         say(verdict(found.table, config, run.global_step))
     save_parts(config.output_dir, partial(write_pipeline, config, found, run.storage, weights))
-    name, base = run.output_dir.resolve().name, config.pretrained_model_name_or_path
-    text = card_text(config, name, run.global_step, found.model.text_encoder.config.hidden_size)
-    write_model_card(config.output_dir, config, title=name, grid=newest_samples(run.output_dir),
-                     base_model=None if base == "miniature" else base, **text)
-    if config.push_to_hub:
-        say(f"uploaded to {push_to_hub(config)}")
-    say(f"the model is in {config.output_dir}")
+    leave_card(config, run.global_step, found.model.text_encoder.config.hidden_size)
 
 # %% ../../nbs/jax/59_training_in_jax.ipynb #52ed88cc
 def train_in_jax(config: DreamBoothJaxConfig) -> list[float]:
@@ -332,7 +310,7 @@ def train_in_jax(config: DreamBoothJaxConfig) -> list[float]:
     with out_of_memory_named(config, Phase.TRAIN):
         state, storage, program = prepare_step(config, found, mesh)
         look = JaxWatch(config, found.model, found.tokenizer, found.table)
-    with start_jax_run(config, state, storage, found.moments, found.fingerprint, mesh) as run:
+    with start_jax_run(config, state, storage, found.moments, found.data, mesh) as run:
         del state
         look(run)
         for batch in run.batches():
@@ -352,12 +330,10 @@ class Trial(NamedTuple):
     seconds: float  # of a step
     kept: int  # bytes on each device between two steps
     within: int  # bytes more within a step, as compiled
-    pairs: int  # of pictures
 
 
-def try_steps(config: DreamBoothJaxConfig, mesh: Mesh, repeats: int = 3) -> Trial:
+def try_steps(config: DreamBoothJaxConfig, found: JaxIngredients, mesh: Mesh, repeats: int = 3) -> Trial:
     """Compile the step of a run and take it a few times on the real devices; nothing is drawn, nothing is written."""
-    found = gather_for_jax(config, on_trial=True)
     state, _, program = prepare_step(config, found, mesh)
     own = config.train_batch_size * mesh.size // jax.process_count()
     rows = np.resize(np.arange(len(found.moments)), (own, config.gradient_accumulation_steps))
@@ -370,19 +346,21 @@ def try_steps(config: DreamBoothJaxConfig, mesh: Mesh, repeats: int = 3) -> Tria
         state, loss = compiled(state, *inputs)
         loss.block_until_ready()
         begin = time.perf_counter() if number == 0 else begin
-    return Trial(compiling, (time.perf_counter() - begin) / repeats, kept, within, len(found.moments))
+    return Trial(compiling, (time.perf_counter() - begin) / repeats, kept, within)
 
 
 def dry_run_in_jax(config: DreamBoothJaxConfig) -> str:
     """Say how many steps, how much memory and about how much time the run would need; writes nothing."""
     config, mesh = replace(config.declared, report_to="none", fidelity_model="none").resolve(), device_mesh()
-    trial = try_steps(config, mesh)
+    found = gather_for_jax(config, on_trial=True)
+    trial = try_steps(config, found, mesh)
     pictures = len(instance_source(config.instance_data_dir, config.resolution).names)
     prior, missing = config.with_prior_preservation, 0
     if prior:
-        key = recipe_key(generation_recipe(config, model_fingerprints(config)))
+        key = recipe_key(generation_recipe(config, found.fingerprints))
         missing = len(missing_numbers(Path(config.class_data_dir), key, config.num_class_images))
-    batches = -(-max(trial.pairs, config.num_class_images if prior else 0) // (config.train_batch_size * mesh.size))
+    pairs = max(len(found.moments), config.num_class_images if prior else 0)
+    batches = -(-pairs // (config.train_batch_size * mesh.size))
     per_epoch, total, epochs = count_steps(batches, config.gradient_accumulation_steps, config.num_train_epochs,
                                            config.max_train_steps)
     return (f"dry run: {pictures} pictures of the subject, {missing} class images to generate, {per_epoch} steps an "
