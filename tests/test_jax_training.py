@@ -397,7 +397,8 @@ def test_an_old_checkpoint_that_cannot_go_does_not_end_the_run(place, tmp_path, 
         raise OSError("Permission denied")
 
     monkeypatch.setattr("diffusion_lessons.engine.checkpointer.prune_checkpoints", locked)
-    words = jax_words(place / "model", place / "subject", tmp_path / "out", max_train_steps=2, checkpoints_total_limit=1)
+    words = jax_words(place / "model", place / "subject", tmp_path / "out", max_train_steps=2,
+                      checkpoints_total_limit=1)
     assert main(words) == 0
     assert "checkpoint-2 is complete, but an older one could not be removed" in capsys.readouterr().out
 
