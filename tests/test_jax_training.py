@@ -231,9 +231,19 @@ def test_what_makes_another_run_is_refused_on_resume(whole, place, capsys):
         assert main(everything(place, "whole", "--resume_from_checkpoint", "latest", **change)) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert word in line and "--force_resume" in line
-    torch_run = dreambooth_words(place / "subject", place / "whole", "--resume_from_checkpoint", "latest",
-                                 pretrained_model_name_or_path=place / "model", fidelity_model="none")
-    assert torch_main(torch_run) == 2, "PyTorch does not go on with what JAX has begun"
+
+
+def test_neither_command_goes_on_with_a_checkpoint_of_the_other(place, capsys):
+    from_jax = jax_words(place / "model", place / "subject", place / "by-jax", max_train_steps=1)
+    assert main(from_jax) == 0
+    fields = {"pretrained_model_name_or_path": place / "model", "fidelity_model": "none", "max_train_steps": 1}
+    from_torch = dreambooth_words(place / "subject", place / "by-torch", **fields)
+    assert torch_main(from_torch) == 0
+    for command, words, other in ((torch_main, from_torch, "by-jax"), (main, from_jax, "by-torch")):
+        named = ["--resume_from_checkpoint", str(place / other / "checkpoint-1"), "--max_train_steps", "2"]
+        assert command([*words, *named]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "trains in another library" in line and "--save_pipeline" in line
 
 
 def test_a_state_makes_room_before_another_is_read_and_a_step_uses_up_what_was_placed():

@@ -94,10 +94,12 @@ FINISHED_TEXT = ("the run in {} is finished and kept no checkpoint; train on fro
                  "--pretrained_model_name_or_path, into another folder")
 
 
-def tell_found(output_dir: Path, choice: str, checkpoint: Checkpoint | None, notes: Sequence[str]) -> Checkpoint | None:
+def tell_found(output_dir: Path, choice: str, checkpoint: Checkpoint | None, notes: Sequence[str],
+               library: str = "torch") -> Checkpoint | None:
     """Say what `find_checkpoint` found, and return the checkpoint; None where the run begins anew.
 
-    Raises InputError for a finished run that kept none: beginning anew would replace its model.
+    library: in which the run computes. Raises InputError for a checkpoint of a run in another one, and for a finished
+    run that kept none: beginning anew would replace its model.
     """
     if checkpoint is None and finished_without_checkpoint(output_dir):
         raise InputError(f"--resume_from_checkpoint {choice}: {FINISHED_TEXT.format(output_dir)}")
@@ -105,6 +107,10 @@ def tell_found(output_dir: Path, choice: str, checkpoint: Checkpoint | None, not
         say(note)
     if checkpoint is None:
         say(f"no {'sound' if notes else 'complete'} checkpoint in {output_dir}{'' if notes else ' yet'}: starting anew")
+    elif library not in checkpoint.progress.get("versions", {library: ""}):
+        raise InputError(f"--resume_from_checkpoint {checkpoint.path}: was written by a command that trains in another "
+                         f"library than {library}; go on with that one, or let generate-images --checkpoint "
+                         f"{checkpoint.path} --save_pipeline DIR make a model of it, and train on from there")
     return checkpoint
 
 # %% ../../nbs/workshop/68_checkpointer.ipynb #0bfe6e53

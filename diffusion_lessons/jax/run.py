@@ -241,17 +241,12 @@ def make_tracker(config: DreamBoothJaxConfig) -> Accelerator:
 def find_place(config: DreamBoothJaxConfig) -> Checkpoint | None:
     """The checkpoint that `--resume_from_checkpoint` names, found whole; None to begin anew, which is said.
 
-    Raises InputError for a finished run that kept none.
+    Raises InputError for one of a PyTorch run, and for a finished run that kept none.
     """
     choice, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     if choice is None:
         return None
-    checkpoint = tell_found(output_dir, choice, *find_checkpoint(output_dir, choice))
-    if checkpoint is not None and not (checkpoint.path / OPTIMIZER).is_dir():
-        raise InputError(f"--resume_from_checkpoint {checkpoint.path}: was written by train-dreambooth; go on with "
-                         f"that command, or let generate-images --checkpoint {checkpoint.path} --save_pipeline DIR "
-                         "make a model of it, and train on from there")
-    return checkpoint
+    return tell_found(output_dir, choice, *find_checkpoint(output_dir, choice), library="jax")
 
 
 def resume_jax_run(run: JaxRun) -> None:
