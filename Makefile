@@ -118,8 +118,13 @@ links: $(INSTALLED_DEV)  ## write badges, install cells and addresses from setti
 readme: $(INSTALLED_DEV) links  ## make README.md from nbs/index.ipynb
 	$(BIN)/python .ci/readme.py
 
+# The page stands in _web/try as it does in the site, so that its links to the lessons are the same.
+.PHONY: web
+web: $(INSTALLED_DEV)  ## lay out the page on which the miniature draws, into _web/try, and check it; needs Node.js
+	$(BIN)/python web/build.py _web/try --check
+
 .PHONY: docs
-docs: $(INSTALLED_DEV)  ## render the site into _docs; needs Quarto
+docs: web  ## render the site into _docs, with the page that draws; needs Quarto and Node.js
 	@command -v quarto >/dev/null || { \
 	  echo "make docs renders the site with Quarto, and there is no quarto here."; \
 	  echo "Install it from https://quarto.org/docs/get-started/ and try again."; exit 1; }
@@ -127,6 +132,7 @@ docs: $(INSTALLED_DEV)  ## render the site into _docs; needs Quarto
 	@rm -rf _proc  # nbdev does not see whether .ci/pages.py has changed since
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(abspath .ci)" nbdev_docs  # with .ci/pages.py
 	$(BIN)/python .ci/llms.py _docs/llms.txt
+	cp -r _web/try _docs/try
 
 # ── installing ───────────────────────────────────────────────────────────────────────────
 

@@ -287,9 +287,18 @@ def test_an_adapter_for_another_model_is_refused(change, said, folder, tmp_path,
 
 
 def test_a_file_without_adapters_is_refused(tmp_path):
-    save_file({"transformer.blocks.0.lora_A.weight": torch.zeros(2, 2)}, tmp_path / LORA_FILE)
+    save_file({"unet.conv_in.weight": torch.zeros(2, 2)}, tmp_path / LORA_FILE)
     with pytest.raises(InputError, match="holds no adapter for a Stable Diffusion"):
         load_adapter(miniature.load(), tmp_path)
+
+
+def test_an_adapter_that_is_for_another_kind_of_model_in_part_is_refused(folder, tmp_path):
+    state = load_file(folder / LORA_FILE)
+    part = next(name for name in state if name.startswith("unet."))
+    for other in ("transformer.blocks.0.attn.to_q.lora_A.weight", "text_encoder_2.text_model.q_proj.lora_A.weight"):
+        save_file(state | {other: state[part].clone()}, tmp_path / LORA_FILE)
+        with pytest.raises(InputError, match=f"--lora_weights .*: holds {other}, which a Stable Diffusion"):
+            load_adapter(miniature.load(), tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["garbage", "half", "empty folder", "nowhere", "a model"])

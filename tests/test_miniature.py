@@ -204,6 +204,9 @@ def test_the_maps_show_where_the_prompt_was_heard_and_not_the_empty_one(pipeline
     ("나비 on snow", ["'나비'"]),
     ("A photo of a red fish, on sea.", []),
     ("red " * 33, ["33 tokens and 30 fit", "'red red red'"]),
+    ("red " * 200, ["200 tokens and 30 fit", "red red", "…'"]),
+    (" ".join(f"w{n}" for n in range(12)), ["'w7', 4 more; what it makes of them"]),
+    ("x" * 300, ["xxx …'; what it makes of it"]),
 ])  # fmt: skip
 def test_notes_on_prompts(pipeline, prompt, parts):
     notes = " ".join(miniature.caption_notes(prompt, pipeline.tokenizer))

@@ -83,6 +83,10 @@ def read_adapter(path: str | Path, flag: str = "lora_weights") -> dict[str, Tens
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"--{flag} {path}: cannot be read as an adapter ({one_line(error, 120)}); name a folder or "
                          ".safetensors file that --lora wrote") from None
+    other = next((key for key in state if not key.startswith(("unet.", "text_encoder."))), None)
+    if other:  # Stable Diffusion XL has a second text encoder; without its part the adapter would be half of one
+        raise InputError(f"--{flag} {path}: holds {other}, which a Stable Diffusion 1.x or 2.x has not; name an "
+                         "adapter that was trained from one")
     return _peft_names(state)
 
 

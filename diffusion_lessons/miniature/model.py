@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from transformers import CLIPTokenizer, ResNetForImageClassification
 
+from ..engine.commands import one_line
 from ..engine.config import require
 from ..engine.tracking import say
 from .captions import HELD_OUT, all_captions, encode_attributes
@@ -59,13 +60,14 @@ def caption_notes(prompt: str, tokenizer: CLIPTokenizer) -> list[str]:
     notes = []
     new = [word for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if word not in KNOWN_WORDS]
     if new:
-        notes.append(f"the miniature was never shown {', '.join(repr(word) for word in new)}; what it makes of "
+        named = [repr(one_line(word, 30)) for word in new[:8]] + ([f"{len(new) - 8} more"] if len(new) > 8 else [])
+        notes.append(f"the miniature was never shown {', '.join(named)}; what it makes of "
                      f"{'it' if len(new) == 1 else 'them'} is chance until you train it")
     tokens = tokenizer(prompt, add_special_tokens=False).input_ids
     room = tokenizer.model_max_length - 2  # one for the beginning, one for the end
     if len(tokens) > room:
         lost = tokenizer.decode(tokens[room:])
-        notes.append(f"the prompt has {len(tokens)} tokens and {room} fit; cut off: {lost!r}")
+        notes.append(f"the prompt has {len(tokens)} tokens and {room} fit; cut off: {one_line(lost, 60)!r}")
     return notes
 
 # %% ../../nbs/miniature/26_miniature.ipynb #b8574213
