@@ -27,14 +27,17 @@ from diffusion_lessons.stable_diffusion.prompts import tokenize
 CAPTION = "a photo of a red butterfly on snow"
 AWKWARD = (
     "", " ", "\t\n", "a", "A Photo of a RED Butterfly, on snow!", "a  photo\nof\ta\u00a0blue beetle\u2003on\u0085sand",
-    "it's the butterfly's; they'll, we've, I'd, you're, can't, 'Tis 's", "1234 butterflies and 5.5 fish", "''s!!'s ... ?!",
-    "<|endoftext|>", "a <|startoftext|> b", "<|ENDOFTEXT|> shouted", "<|endoftext|", "🦋 on ❄️ and 👩🏽‍🎨", "ΟΔΟΣ Σ İstanbul ẞ ǅ",
-    "café cafe\u0301 ñ ﬁ ①②", "日本語の蝶 на снегу فراشة", "a_b-c/d\\e @#$%^&*()", "\ufeff zero\u200bwidth\u00ad soft", "ªº²³ Ⅷ",
-    "x" * 300, "butterfly " * 200, "\x00\x07 control", "a photo of a sks butterfly on snow", "\U0001f1e9\U0001f1ea flag",
+    "it's the butterfly's; they'll, we've, I'd, you're, can't, 'Tis 's", "1234 butterflies and 5.5 fish",
+    "''s!!'s ... ?!", "<|endoftext|>", "a <|startoftext|> b", "<|ENDOFTEXT|> shouted", "<|endoftext|",
+    "🦋 on ❄️ and 👩🏽\u200d🎨", "ΟΔΟΣ Σ İstanbul ẞ ǅ", "café cafe\u0301 ñ ﬁ ①②", "日本語の蝶 на снегу فراشة",
+    "a_b-c/d\\e @#$%^&*()", "\ufeff zero\u200bwidth\u00ad soft", "ªº²³ Ⅷ", "x" * 300, "butterfly " * 200,
+    "\x00\x07 control", "a photo of a sks butterfly on snow", "\U0001f1e9\U0001f1ea flag",
+    " ".join(f"unknown{number}" for number in range(12)),
 )
 DRAWINGS = (  # prompt, seed, steps, guidance
-    (CAPTION, 0, 20, 5.0), ("a photo of a blue beetle on sand", 3, 8, 7.5), ("a white flower on night", 2**32 - 1, 20, 1.0),
-    ("", 7, 2, 3.0), ("a photo of a sks butterfly on meadow", 12345, 1, 5.0), ("a yellow fish on sea", 41, 33, 10.0),
+    (CAPTION, 0, 20, 5.0), ("a photo of a blue beetle on sand", 3, 8, 7.5),
+    ("a white flower on night", 2**32 - 1, 20, 1.0), ("", 7, 2, 3.0),
+    ("a photo of a sks butterfly on meadow", 12345, 1, 5.0), ("a yellow fish on sea", 41, 33, 10.0),
 )
 
 
@@ -115,14 +118,15 @@ def refused(folder: Path) -> Iterator[dict[str, Any]]:
     name = next(name for name in state if name.endswith("to_k.lora.up.weight"))
     wide = {key: value.repeat(*([1, 2] if "down" in key else [2, 1])) for key, value in state.items()}
     files = {
-        "empty.safetensors": (b"", "too short"), "text.safetensors": (b"a photo of a butterfly" * 9, "no"),
-        "cut.safetensors": (whole[: len(whole) // 2], "outside the file"), "picture.safetensors": (b"\x89PNG\r\n\x1a\n" * 40, "no"),
-        "foreign": (wide, "another model"), "half of it": ({name: state[name]}, "one of two"), "none": ({}, "no adapter"),
+        "nothing": (b"", "too short"), "text": (b"a photo of a butterfly" * 9, "not a safetensors file"),
+        "cut off": (whole[: len(whole) // 2], "outside the file"),
+        "picture": (b"\x89PNG\r\n\x1a\n" * 40, "not a safetensors file"), "foreign": (wide, "another model"),
+        "half of it": ({name: state[name]}, "one of two"), "no tensors": ({}, "no adapter"),
         "model": ({"unet.conv_in.weight": torch.zeros(2, 2)}, "no LoRA"),
         "sdxl": ({key.replace("text_encoder.", "text_encoder_2."): value for key, value in state.items()}, "no LoRA"),
     }
     for each, (content, word) in files.items():
-        path = folder / Path(each).with_suffix(".safetensors")
+        path = folder / f"{each}.safetensors"
         path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
         try:
             load_adapter(miniature.load(), path)

@@ -2,10 +2,10 @@
 
     python web/export.py FOLDER
 
-writes into FOLDER `text_encoder.onnx`, `unet.onnx` and `vae_decoder.onnx`, a few hundred kilobytes in all. Every weight
-in them is a place in the safetensors file that the package ships: there is no second copy, and nothing that could differ
-from what Python loads. The files hold 16 bits a number and the graphs reckon in 32, so the places are those of the
-widened data: twice the offset of the tensor. `page/safetensors.js` widens in the same way.
+writes into FOLDER `text_encoder.onnx`, `unet.onnx` and `vae_decoder.onnx`, a few hundred kilobytes in all. Every
+weight in them is a place in the safetensors file that the package ships: there is no second copy, and nothing that
+could differ from what Python loads. The files hold 16 bits a number and the graphs reckon in 32, so the places are
+those of the widened data: twice the offset of the tensor. `page/safetensors.js` widens in the same way.
 """
 import argparse
 import json
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from diffusion_lessons import miniature
 from diffusion_lessons.miniature.model import WatchedAttention
+from diffusion_lessons.stable_diffusion.prompts import tokenize
 
 OPSET = 20
 
@@ -86,7 +87,7 @@ class Part(NamedTuple):
 def parts(pipeline: StableDiffusionPipeline) -> dict[str, Part]:
     """The three networks by the names of their graphs. The examples are noise of seed 0 and a caption."""
     folder, side = miniature.path(), pipeline.unet.config.sample_size
-    tokens = pipeline.tokenizer("a photo of a red butterfly on snow", padding="max_length", return_tensors="pt").input_ids
+    tokens = tokenize(pipeline.tokenizer, ["a photo of a red butterfly on snow"])
     latents = torch.randn(1, pipeline.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         context = pipeline.text_encoder(tokens)[0]

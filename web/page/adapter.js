@@ -1,6 +1,6 @@
 // A LoRA adapter that `train-dreambooth --lora` wrote: two thin matrices beside a weight (lesson 34), added to it here.
 
-import { require } from "./errors.js";
+import { check } from "./errors.js";
 import { Safetensors } from "./safetensors.js";
 
 const REMEDY = "drop a pytorch_lora_weights.safetensors that train-dreambooth --lora made of the miniature";
@@ -27,11 +27,11 @@ function collect(file) {
   const layers = new Map();
   for (const name of file.tensors.keys()) {
     const found = readName(name);
-    require(found, `it holds ${name}, which is no LoRA for a Stable Diffusion 1 or 2; ${REMEDY}`);
+    check(found, `it holds ${name}, which is no LoRA for a Stable Diffusion 1 or 2; ${REMEDY}`);
     const key = `${found.part} ${found.layer}`;
     layers.set(key, { ...layers.get(key), part: found.part, layer: found.layer, [found.side]: name });
   }
-  require(layers.size, `it holds no adapter; ${REMEDY}`);
+  check(layers.size, `it holds no adapter; ${REMEDY}`);
   return [...layers.values()];
 }
 
@@ -62,18 +62,20 @@ export function readAdapter(buffer, models) {
   const adapter = { unet: new Map(), text_encoder: new Map() };
   for (const entry of collect(file)) {
     const { part, layer, down, up } = entry;
-    require(down && up, `its layer ${layer} has one of two matrices only; ${REMEDY}`);
+    check(down && up, `its layer ${layer} has one of two matrices only; ${REMEDY}`);
     const { tensors } = models[part];
     const name = findWeight(tensors, layer);
     const [rank, inputs] = file.tensors.get(down).shape;
     const [outputs, rankUp] = file.tensors.get(up).shape;
     const [height, width] = tensors.get(name)?.shape ?? [];
-    require(height === outputs && width === inputs && rank === rankUp,
+    check(
+      height === outputs && width === inputs && rank === rankUp,
       `it was made for another model (${part}.${layer}: ${outputs} × ${inputs} there, ` +
-      `${height ? `${height} × ${width}` : "no such layer"} in the miniature); ${REMEDY}`);
+        `${height ? `${height} × ${width}` : "no such layer"} in the miniature); ${REMEDY}`,
+    );
     const scale = scaleOf(file, entry, rank);
     const made = { down: file.numbers(down), up: file.numbers(up), rank, scale };
-    require([...made.down, ...made.up].every(Number.isFinite), `its layer ${layer} holds no numbers; it is damaged`);
+    check([...made.down, ...made.up].every(Number.isFinite), `its layer ${layer} holds no numbers; it is damaged`);
     adapter[part].set(name, made);
   }
   return adapter;

@@ -44,8 +44,11 @@ export class Client {
   #fail(event) {
     event.preventDefault();
     this.close();
-    const error = new InputError(`the part of this page that draws has stopped (${event.message || "it could not be " +
-      "loaded"}); try again, or reload the page`);
+    const error = new InputError(
+      `the part of this page that draws has stopped (${
+        event.message || "it could not be " + "loaded"
+      }); try again, or reload the page`,
+    );
     for (const { reject } of this.waiting.values()) reject(error);
     this.waiting.clear();
   }

@@ -73,8 +73,10 @@ async function fetchFile(base, file, store, arrived) {
     await store?.put(address, new Response(blob)).catch(() => {}); // a full disk costs the next visit time, no more
     return buffer;
   } catch (error) {
-    throw new InputError(`${file.path} could not be loaded (${error.message}); look at your connection and load again: ` +
-      "what has arrived whole is kept");
+    throw new InputError(
+      `${file.path} could not be loaded (${error.message}); look at your connection and load again: ` +
+        "what has arrived whole is kept",
+    );
   }
 }
 

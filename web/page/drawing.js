@@ -15,6 +15,7 @@ export class Drawing {
   /** @param session the model to draw with */
   constructor(session) {
     this.session = session;
+    this.newest = 0; // the number of the last drawing that was asked for
     this.shown = null; // { id, settings } of the drawing that the scrubber moves through
   }
 
@@ -25,7 +26,10 @@ export class Drawing {
     ROWS.forEach((row) => row.replaceChildren());
     const began = performance.now();
     const frames = Math.min(STRIP, settings.steps || 1);
-    const { id, answer } = this.session.ask("draw", { ...settings, frames }, (frame) => this.#grow(frame, settings));
+    const { id, answer } = this.session.ask("draw", { ...settings, frames }, (frame) => {
+      if (id === this.newest) this.#grow(frame, settings); // an earlier drawing's last frame may still come
+    });
+    this.newest = id;
     try {
       const result = await answer;
       if (!result) return; // another drawing has begun

@@ -4,6 +4,6 @@
 export class InputError extends Error {}
 
 /** Raise an InputError unless a condition holds. */
-export function require(condition, message) {
+export function check(condition, message) {
   if (!condition) throw new InputError(message);
 }

@@ -10,7 +10,8 @@ export function otherColours(prompt, colours) {
   const found = prompt.match(pattern)?.[0].toLowerCase();
   if (!found) return null;
   return [found, ...colours.filter((colour) => colour !== found)].map((colour) => ({
-    colour, prompt: prompt.replace(pattern, colour),
+    colour,
+    prompt: prompt.replace(pattern, colour),
   }));
 }
 
@@ -34,7 +35,8 @@ export function compareGuidance(list, settings, draw) {
 
 /** One seed, and a prompt in which one word is another. */
 export function changeOneWord(list, settings, colours, draw) {
-  const prompts = otherColours(settings.prompt, colours) ?? otherColours(`a photo of a ${colours[0]} butterfly`, colours);
+  const prompts =
+    otherColours(settings.prompt, colours) ?? otherColours(`a photo of a ${colours[0]} butterfly`, colours);
   return inTurn(list, prompts, async ({ colour, prompt }) => {
     const made = await draw({ ...settings, prompt });
     return made && pictureFigure(made.pixels, colour, `"${prompt}", from the same noise`);
@@ -48,6 +50,8 @@ export function showLooks(list, { pixels, looked, pieces }) {
   pieces.forEach((piece, index) => {
     const shares = Float32Array.from({ length: 64 }, (_, place) => looked[place * tokens + index + 1]); // 0: beginning
     const most = `up to ${(100 * Math.max(...shares)).toFixed(1)} %`;
-    list.append(pictureFigure(lit(pixels, shares), `${piece}, ${most}`, `${piece}: ${most} of the attention of a place`));
+    list.append(
+      pictureFigure(lit(pixels, shares), `${piece}, ${most}`, `${piece}: ${most} of the attention of a place`),
+    );
   });
 }

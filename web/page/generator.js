@@ -1,5 +1,5 @@
 // PyTorch's generator of random numbers on the CPU, so that a seed draws here what it draws there.
-// Mersenne Twister: Matsumoto and Nishimura 1998; normal numbers: Box and Muller 1958, sixteen at a time as PyTorch does.
+// Mersenne Twister: Matsumoto and Nishimura 1998. Normal numbers: Box and Muller 1958, sixteen at a time.
 
 const SIZE = 624;
 const SHIFT = 397;

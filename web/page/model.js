@@ -1,22 +1,26 @@
 // The miniature: text encoder, UNet and VAE decoder, and the loop that draws with them. Knows nothing of the page.
 
 import { merge } from "./adapter.js";
-import { InputError, require } from "./errors.js";
+import { InputError, check } from "./errors.js";
 import { Generator } from "./generator.js";
 import { Safetensors } from "./safetensors.js";
 import { Solver } from "./solver.js";
 import { Tokenizer } from "./tokenizer.js";
 
 const OPTIONS = { executionProviders: ["wasm"], logSeverityLevel: 3 };
-const LIMITS = { steps: [1, 50], guidance: [1, 20], seed: [0, 0xffffffff] };
+const LIMITS = {
+  seed: { low: 0, high: 0xffffffff, whole: true },
+  steps: { low: 1, high: 50, whole: true },
+  guidance: { low: 1, high: 20, whole: false },
+};
 
 /** Raise an InputError for numbers that cannot be drawn with. */
 export function checkSettings(settings) {
-  for (const [name, [low, high]] of Object.entries(LIMITS)) {
+  for (const [name, { low, high, whole }] of Object.entries(LIMITS)) {
     const value = settings[name];
-    const fits = name === "guidance" ? Number.isFinite(value) : Number.isSafeInteger(value);
-    require(fits && value >= low && value <= high, `${name} must be a ${fits || name === "guidance" ? "number" :
-      "whole number"} from ${low} to ${high}, and is ${value}`);
+    const fits = whole ? Number.isSafeInteger(value) : Number.isFinite(value);
+    const kind = whole ? "a whole number" : "a number";
+    check(fits && value >= low && value <= high, `${name} must be ${kind} from ${low} to ${high}`);
   }
 }
 
@@ -24,9 +28,9 @@ export function checkSettings(settings) {
 function explained(error) {
   const said = `${error?.message ?? error}`;
   if (error instanceof RangeError || /memory|bad_alloc|OOM|allocat/i.test(said)) {
-    const told = new InputError("the browser gave this page too little memory (it needs about 300 MB); close other " +
-      "tabs, and try again");
-    return Object.assign(told, { lost: true });
+    const told =
+      "the browser gave this page too little memory (it needs about 300 MB); close other tabs, and try again";
+    return Object.assign(new InputError(told), { lost: true });
   }
   return error;
 }

@@ -22,7 +22,9 @@ export function captionNotes(prompt, tokenizer, known) {
     const named = fresh.slice(0, NAMED).map((word) => quoted(shortened(word, 30)));
     if (fresh.length > NAMED) named.push(`${fresh.length - NAMED} more`);
     const them = fresh.length === 1 ? "it" : "them";
-    notes.push(`the miniature was never shown ${named.join(", ")}; what it makes of ${them} is chance until you train it`);
+    notes.push(
+      `the miniature was never shown ${named.join(", ")}; what it makes of ${them} is chance until you train it`,
+    );
   }
   const numbers = tokenizer.numbers(prompt);
   const room = tokenizer.length - 2; // one for the beginning, one for the end

@@ -66,7 +66,7 @@ async function adapt(file) {
     const { answer } = session.ask("adapt", { file: await file?.arrayBuffer(), strength });
     showAdapter(file, await answer);
   } catch (error) {
-    if (error instanceof InputError && file) error.message = `${file.name}: ${error.message}`;
+    if (error instanceof InputError && file) error.message = `the file ${file.name} cannot be used: ${error.message}`;
     throw error;
   }
   await draw();
@@ -123,11 +123,27 @@ for (const [name, experiment] of Object.entries(EXPERIMENTS)) {
     say("Drawn.");
   });
 }
-on(find("adapter-file"), "change", ({ target: { files: [file] } }) => file && adapt(file));
+on(
+  find("adapter-file"),
+  "change",
+  ({
+    target: {
+      files: [file],
+    },
+  }) => file && adapt(file),
+);
 on(find("strength"), "input", showNumbers);
 on(find("strength"), "change", () => chosen && adapt(chosen));
 on(find("adapter-off"), "click", () => adapt(null));
 on(find("drop"), "dragover", () => {});
-on(find("drop"), "drop", ({ dataTransfer: { files: [file] } }) => file && adapt(file));
+on(
+  find("drop"),
+  "drop",
+  ({
+    dataTransfer: {
+      files: [file],
+    },
+  }) => file && adapt(file),
+);
 for (const details of document.querySelectorAll("details[data-source]")) on(details, "toggle", showSource);
 document.documentElement.dataset.ready = ""; // everything answers from here on

@@ -27,7 +27,7 @@ export function pictureFigure(pixels, caption, alt = caption) {
   return figure;
 }
 
-/** A picture in grey, on which the places that were looked at are lit: 64 shares of 8 × 8 places, the most lit as 1. */
+/** A picture in grey, lit where it was looked at. @param shares of 8 × 8 places; the most lit counts as 1 */
 export function lit(pixels, shares) {
   const most = Math.max(...shares);
   return pixels.map((value, i) => {

@@ -1,7 +1,7 @@
 // Reads safetensors: eight bytes of length, a header in JSON, and the numbers of all tensors one after the other.
 // https://huggingface.co/docs/safetensors
 
-import { require } from "./errors.js";
+import { check } from "./errors.js";
 
 const BYTES = { F32: 4, F16: 2, BF16: 2, I64: 8 };
 
@@ -31,9 +31,9 @@ function widenBrain(uppers) {
 function checkedEntry(name, entry, room) {
   const { dtype, shape, data_offsets: [first, end] = [] } = entry ?? {};
   const whole = Array.isArray(shape) && shape.every((side) => Number.isSafeInteger(side) && side >= 0);
-  require(whole && first >= 0 && first <= end && end <= room, `the tensor ${name} lies outside the file`);
+  check(whole && first >= 0 && first <= end && end <= room, `the tensor ${name} lies outside the file`);
   const count = shape.reduce((product, side) => product * side, 1);
-  require(!(dtype in BYTES) || count * BYTES[dtype] === end - first, `the tensor ${name} is cut off`);
+  check(!(dtype in BYTES) || count * BYTES[dtype] === end - first, `the tensor ${name} is cut off`);
   return { dtype, shape, first, end };
 }
 
@@ -41,16 +41,16 @@ function checkedEntry(name, entry, room) {
 export class Safetensors {
   /** @param {ArrayBuffer} buffer the whole file. Throws an InputError that says what is wrong with it. */
   constructor(buffer) {
-    require(buffer.byteLength >= 8, "it is too short to be a safetensors file");
+    check(buffer.byteLength >= 8, "it is too short to be a safetensors file");
     const length = Number(new DataView(buffer).getBigUint64(0, true));
-    require(length <= buffer.byteLength - 8, "it is not a safetensors file, or it is cut off");
+    check(length <= buffer.byteLength - 8, "it is not a safetensors file, or it is cut off");
     let header;
     try {
       header = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(new Uint8Array(buffer, 8, length)));
     } catch {
       header = null;
     }
-    require(header && typeof header === "object" && !Array.isArray(header), "it is not a safetensors file");
+    check(header && typeof header === "object" && !Array.isArray(header), "it is not a safetensors file");
     const { __metadata__: metadata = {}, ...entries } = header;
     this.metadata = metadata;
     this.data = buffer.slice(8 + length);
@@ -62,7 +62,7 @@ export class Safetensors {
   /** The numbers of one tensor, in 32 bits. */
   numbers(name) {
     const { dtype, first, end } = this.tensors.get(name);
-    require(dtype in BYTES, `the tensor ${name} holds ${dtype}; this page reads ${Object.keys(BYTES).join(", ")}`);
+    check(dtype in BYTES, `the tensor ${name} holds ${dtype}; this page reads ${Object.keys(BYTES).join(", ")}`);
     const bytes = this.data.slice(first, end);
     if (dtype === "F32") return new Float32Array(bytes);
     if (dtype === "I64") return Float32Array.from(new BigInt64Array(bytes), Number);

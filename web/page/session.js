@@ -1,7 +1,7 @@
 // The model as the page has it: loaded when it is first needed, and anew after it has failed.
 
 import { Client } from "./client.js";
-import { InputError, require } from "./errors.js";
+import { InputError, check } from "./errors.js";
 import { say } from "./status.js";
 import { Tokenizer } from "./tokenizer.js";
 
@@ -12,7 +12,7 @@ const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
 export async function loadManifest() {
   try {
     const response = await fetch("manifest.json");
-    require(response.ok, `the server says ${response.status}`);
+    check(response.ok, `the server says ${response.status}`);
     return await response.json();
   } catch (error) {
     throw new InputError(`the list of what this page needs could not be loaded (${error.message}); reload the page`);

@@ -1,4 +1,4 @@
-// DPM-Solver++ of second order (Lu et al. 2022), with which Python draws, too: from noise to a picture in some twenty steps.
+// DPM-Solver++ of second order (Lu et al. 2022), with which Python draws, too: from noise to a picture in a few steps.
 
 /** Half to the even side, as NumPy and PyTorch round. */
 function round(number) {

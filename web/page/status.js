@@ -14,8 +14,8 @@ export function say(text) {
 export function sayFault(error) {
   const text = `${error.message[0].toUpperCase()}${error.message.slice(1)}.`;
   line("status").textContent = "";
-  line("fault").textContent = error instanceof InputError ? text :
-    `Something on this page went wrong: ${text} Try again, or reload it.`;
+  line("fault").textContent =
+    error instanceof InputError ? text : `Something on this page went wrong: ${text} Try again, or reload it.`;
   if (!(error instanceof InputError)) console.error(error);
 }
 

@@ -52,7 +52,9 @@ export class Tokenizer {
   numbers(text) {
     return text.split(MARKS).flatMap((part) => {
       if (MARKS.test(part)) return [this.vocabulary.get(part)];
-      return words(part).flatMap((word) => this.split(word)).map((piece) => this.vocabulary.get(piece));
+      return words(part)
+        .flatMap((word) => this.split(word))
+        .map((piece) => this.vocabulary.get(piece));
     });
   }
 

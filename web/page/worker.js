@@ -2,26 +2,24 @@
 
 import { readAdapter } from "./adapter.js";
 import { fetchAll } from "./download.js";
-import { InputError, require } from "./errors.js";
+import { InputError, check } from "./errors.js";
 import { Miniature } from "./model.js";
 
-// The smallest WebAssembly that needs SIMD: a function that spreads a zero over a vector.
-const WITH_SIMD = Uint8Array.of(
-  0, 0x61, 0x73, 0x6d, 1, 0, 0, 0, // a module of version 1
-  1, 5, 1, 0x60, 0, 1, 0x7b, 3, 2, 1, 0, // one function that returns a vector
-  10, 8, 1, 6, 0, 0x41, 0, 0xfd, 15, 11, // i32.const 0, i8x16.splat
-);
+// The smallest module of WebAssembly that needs SIMD: a function that spreads a zero over a vector (i8x16.splat).
+const WITH_SIMD = Uint8Array.from(atob("AGFzbQEAAAABBQFgAAF7AwIBAAoIAQYAQQD9Dws="), (byte) => byte.charCodeAt(0));
+const CURRENT = "any current Chrome, Edge, Firefox or Safari has it";
 
 let model = null;
 let latestDrawing = 0; // an earlier one stops at its next step
 let kept = { id: 0, steps: [] }; // the latents of the last drawing, for the scrubber
 
 /** Let messages in that have come meanwhile. */
-const pause = () => new Promise((resolve) => {
-  const { port1, port2 } = new MessageChannel();
-  port1.onmessage = () => resolve(port1.close());
-  port2.postMessage(null);
-});
+const pause = () =>
+  new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => resolve(port1.close());
+    port2.postMessage(null);
+  });
 
 /** ONNX Runtime, with the WebAssembly that has been fetched already. */
 async function openRuntime(binary) {
@@ -33,14 +31,17 @@ async function openRuntime(binary) {
 
 /** Fetch everything and open the model. */
 async function load({ files }, tell) {
-  require(globalThis.WebAssembly?.validate(WITH_SIMD),
-    "this browser has no WebAssembly with SIMD, which the model needs; any current Chrome, Edge, Firefox or Safari has it");
+  const served = globalThis.WebAssembly?.validate(WITH_SIMD);
+  check(served, `this browser has no WebAssembly with SIMD, which the model needs; ${CURRENT}`);
   const buffers = await fetchAll(import.meta.url, files, (loaded, total) => tell({ loaded, total }));
   const json = (name) => JSON.parse(new TextDecoder().decode(buffers[name]));
   const part = (name) => ({ graph: new Uint8Array(buffers[`${name}.onnx`]), weights: buffers[`${name}.safetensors`] });
   model = await Miniature.open(await openRuntime(buffers.runtime), {
-    tokenizer: json("tokenizer"), scheduler: json("scheduler"),
-    text_encoder: part("text_encoder"), unet: part("unet"), vae_decoder: part("vae_decoder"),
+    tokenizer: json("tokenizer"),
+    scheduler: json("scheduler"),
+    text_encoder: part("text_encoder"),
+    unet: part("unet"),
+    vae_decoder: part("vae_decoder"),
   });
 }
 
@@ -70,7 +71,10 @@ async function draw({ id, frames = 0, ...settings }, tell) {
 /** The tokens of a prompt as one reads them. */
 function pieces(prompt) {
   const { tokenizer } = model;
-  return tokenizer.numbers(prompt).slice(0, tokenizer.length - 2).map((number) => tokenizer.decode([number]));
+  return tokenizer
+    .numbers(prompt)
+    .slice(0, tokenizer.length - 2)
+    .map((number) => tokenizer.decode([number]));
 }
 
 /** One step of the last drawing; null when another one has begun since. */

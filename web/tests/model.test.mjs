@@ -41,8 +41,11 @@ function apart(found, wanted) {
 function files() {
   const part = (name) => ({ graph: new Uint8Array(unpack(`${name}.onnx`)), weights: unpack(`${name}.safetensors`) });
   return {
-    tokenizer: json("tokenizer"), scheduler: json("scheduler"),
-    text_encoder: part("text_encoder"), unet: part("unet"), vae_decoder: part("vae_decoder"),
+    tokenizer: json("tokenizer"),
+    scheduler: json("scheduler"),
+    text_encoder: part("text_encoder"),
+    unet: part("unet"),
+    vae_decoder: part("vae_decoder"),
   };
 }
 
@@ -69,7 +72,8 @@ describe("tokenizer", () => {
   const tokenizer = new Tokenizer(json("tokenizer"));
   test("reads every caption and every awkward text as Python does", () => {
     assert.ok(cases.tokens.length > 600);
-    for (const { text, numbers } of cases.tokens) assert.deepEqual(tokenizer.encode(text), numbers, JSON.stringify(text));
+    for (const { text, numbers } of cases.tokens)
+      assert.deepEqual(tokenizer.encode(text), numbers, JSON.stringify(text));
   });
   test("says of them what Python says", () => {
     const known = new Set(manifest.words);
@@ -94,13 +98,18 @@ describe("solver", () => {
   const scheduler = json("scheduler");
   test("visits the timesteps that Python visits, for every number of steps", () => {
     assert.equal(cases.solver.length, 50);
-    for (const { steps, timesteps } of cases.solver) assert.deepEqual(new Solver(scheduler, steps).timesteps, timesteps);
+    for (const { steps, timesteps } of cases.solver)
+      assert.deepEqual(new Solver(scheduler, steps).timesteps, timesteps);
   });
   for (const { steps, timesteps, end } of cases.solver.filter((each) => each.end)) {
     test(`ends where Python ends after ${steps} steps`, () => {
       const solver = new Solver(scheduler, steps);
       let x = Float32Array.from(end, (_, i) => -2 + (4 * i) / (end.length - 1));
-      for (const timestep of timesteps) x = solver.step(x.map((each) => Math.sin(each + timestep / 500)), x).latents;
+      for (const timestep of timesteps)
+        x = solver.step(
+          x.map((each) => Math.sin(each + timestep / 500)),
+          x,
+        ).latents;
       assert.ok(apart(x, end) < 2e-4, `${apart(x, end)} apart`);
     });
   }
@@ -118,9 +127,14 @@ describe("model", () => {
       const answers = JSON.parse(readFileSync(`${process.env.GRAPHS}/${name}.answers.json`));
       const shapes = { tokens: [1, 32], latents: [1, 4, 16, 16], timestep: [1], context: [1, 32, 128] };
       const { session } = model.networks[name];
-      const inputs = Object.fromEntries(session.inputNames.map((each) => [each, each === "tokens" ?
-        new ort.Tensor("int64", BigInt64Array.from(answers[each], BigInt), shapes[each]) :
-        new ort.Tensor("float32", Float32Array.from(answers[each]), shapes[each])]));
+      const inputs = Object.fromEntries(
+        session.inputNames.map((each) => [
+          each,
+          each === "tokens"
+            ? new ort.Tensor("int64", BigInt64Array.from(answers[each], BigInt), shapes[each])
+            : new ort.Tensor("float32", Float32Array.from(answers[each]), shapes[each]),
+        ]),
+      );
       const outputs = await session.run(inputs);
       assert.deepEqual([...session.inputNames, ...session.outputNames].sort(), Object.keys(answers).sort());
       for (const each of session.outputNames) assert.ok(apart(outputs[each].data, answers[each]) < 2e-5, each);
@@ -141,8 +155,18 @@ describe("model", () => {
   test("refuses numbers that cannot be drawn with", () => {
     const good = { seed: 0, steps: 20, guidance: 5 };
     checkSettings(good);
-    for (const wrong of [{ seed: -1 }, { seed: 2 ** 32 }, { seed: 0.5 }, { seed: NaN }, { steps: 0 }, { steps: 51 },
-      { steps: 2.5 }, { guidance: 0.5 }, { guidance: NaN }, { guidance: 21 }]) {
+    for (const wrong of [
+      { seed: -1 },
+      { seed: 2 ** 32 },
+      { seed: 0.5 },
+      { seed: NaN },
+      { steps: 0 },
+      { steps: 51 },
+      { steps: 2.5 },
+      { guidance: 0.5 },
+      { guidance: NaN },
+      { guidance: 21 },
+    ]) {
       assert.throws(() => checkSettings({ ...good, ...wrong }), InputError, JSON.stringify(wrong));
     }
   });
@@ -165,11 +189,14 @@ describe("model", () => {
   for (const { name, file, word, python } of cases.refused) {
     test(`refuses an adapter in words: ${name}`, () => {
       assert.ok(python, "Python takes it");
-      assert.throws(() => readAdapter(hex(file), parts()), (error) => {
-        assert.ok(error instanceof InputError, `${error.stack}`);
-        assert.match(error.message, new RegExp(word));
-        return true;
-      });
+      assert.throws(
+        () => readAdapter(hex(file), parts()),
+        (error) => {
+          assert.ok(error instanceof InputError, `${error.stack}`);
+          assert.match(error.message, new RegExp(word));
+          return true;
+        },
+      );
     });
   }
   test("takes no byte that is changed or cut for a fault of its own", () => {
@@ -186,8 +213,18 @@ describe("model", () => {
     }
   });
   test("says in words that there is too little memory", async () => {
-    const short = { ...ort, InferenceSession: { create: async () => { throw new RangeError("no room"); } } };
-    await assert.rejects(Miniature.open(short, files()), (error) => error instanceof InputError && /memory/.test(error.message));
+    const short = {
+      ...ort,
+      InferenceSession: {
+        create: async () => {
+          throw new RangeError("no room");
+        },
+      },
+    };
+    await assert.rejects(
+      Miniature.open(short, files()),
+      (error) => error instanceof InputError && /memory/.test(error.message),
+    );
   });
 });
 
@@ -197,11 +234,13 @@ describe("safetensors", () => {
     const arrays = { F32: Float32Array, F16: Uint16Array, BF16: Uint16Array };
     let first = 0;
     const data = [];
-    const header = Object.fromEntries(Object.entries(tensors).map(([name, [dtype, values]]) => {
-      const bytes = Buffer.from(arrays[dtype].from(values).buffer);
-      data.push(bytes);
-      return [name, { dtype, shape: [2], data_offsets: [first, (first += bytes.length)] }];
-    }));
+    const header = Object.fromEntries(
+      Object.entries(tensors).map(([name, [dtype, values]]) => {
+        const bytes = Buffer.from(arrays[dtype].from(values).buffer);
+        data.push(bytes);
+        return [name, { dtype, shape: [2], data_offsets: [first, (first += bytes.length)] }];
+      }),
+    );
     const text = Buffer.from(JSON.stringify(header));
     const length = Buffer.alloc(8);
     length.writeBigUInt64LE(BigInt(text.length));
@@ -221,12 +260,14 @@ describe("download", () => {
   function browser(change = (bytes) => bytes) {
     const kept = new Map();
     const asked = [];
-    globalThis.caches = { open: async () => ({
-      match: async (address) => kept.get(`${address}`)?.clone(),
-      put: async (address, response) => kept.set(`${address}`, response),
-      delete: async (address) => kept.delete(`${address.url ?? address}`),
-      keys: async () => [...kept.keys()].map((url) => ({ url })),
-    }) };
+    globalThis.caches = {
+      open: async () => ({
+        match: async (address) => kept.get(`${address}`)?.clone(),
+        put: async (address, response) => kept.set(`${address}`, response),
+        delete: async (address) => kept.delete(`${address.url ?? address}`),
+        keys: async () => [...kept.keys()].map((url) => ({ url })),
+      }),
+    };
     globalThis.fetch = async (address) => {
       asked.push(`${address}`);
       const path = new URL(address).pathname.replace("/try/", "");
@@ -263,15 +304,20 @@ describe("download", () => {
     "cut in the middle": (bytes) => answer(bytes.subarray(0, bytes.length / 2)),
     "changed on the way": (bytes) => answer(Buffer.from(bytes).fill(7, 200, 300)),
     "not there": () => new Response("", { status: 404 }),
-    "broken off": () => { throw new TypeError("Failed to fetch"); },
+    "broken off": () => {
+      throw new TypeError("Failed to fetch");
+    },
     "another page, as a hotel's network answers": () => answer("<html>Please sign in</html>"),
   })) {
     test(`says in words that a file is ${name}, keeps nothing of it, and loads it the next time`, async () => {
       const { kept } = browser(change);
-      await assert.rejects(fetchAll(base, served, () => {}), (error) => {
-        assert.ok(error instanceof InputError, `${error.stack}`);
-        return /could not be loaded/.test(error.message);
-      });
+      await assert.rejects(
+        fetchAll(base, served, () => {}),
+        (error) => {
+          assert.ok(error instanceof InputError, `${error.stack}`);
+          return /could not be loaded/.test(error.message);
+        },
+      );
       assert.equal(kept.size, 0);
       browser(answer);
       assert.ok((await fetchAll(base, served, () => {})).tokenizer);
