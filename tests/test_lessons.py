@@ -311,11 +311,12 @@ SPELLED = {"ten": 10, "a quarter of an hour": 15, "fifteen": 15, "twenty": 20, "
 
 
 def test_next_follows_the_path():
-    """Each lesson of the two paths ends with the way to the next one of its path, and the first path to the second."""
-    paths = index_text().split("## Three paths")[1].split("Beside the path")[0]
-    path = [Path(address) for _, address, _ in ROW.findall(paths)]
-    assert len(path) >= 15 and path[0].stem == "00_start"
-    for lesson, following in itertools.pairwise(path):
+    """Each lesson of a path ends with the way to the next one of its path, and the first path to the second."""
+    paths = index_text().split("## Four paths")[1]
+    course, in_jax = paths.split("Beside the path")[0], paths.split("### The same in JAX")[1].split("### Build")[0]
+    course, in_jax = ([Path(address) for _, address, _ in ROW.findall(text)] for text in (course, in_jax))
+    assert len(course) >= 15 and course[0].stem == "00_start" and len(in_jax) >= 10
+    for lesson, following in [*itertools.pairwise(course), *itertools.pairwise(in_jax)]:
         closing = "\n".join(prose(lesson.stem)).rsplit("## Next", 1)[1]
         assert f"{following.name})" in closing, f"{lesson.stem} leads to {following.stem}"
 

@@ -49,7 +49,7 @@ def add_noise(clean: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: T
     """The pictures after the forward process has run to `timesteps`, in one jump (Ho et al. 2020, equation 4).
 
     Args:
-        clean: pictures in [-1, 1], or latents, shape (B, ...).
+        clean: pictures in [-1, 1], or latents (pictures as an autoencoder writes them, lesson 22), shape (B, ...).
         noise: standard normal, of the same shape.
         timesteps: one for each sample, shape (B,).
         alphas_cumprod: see `scales_at`.

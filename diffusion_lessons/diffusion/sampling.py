@@ -31,7 +31,7 @@ def trailing_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000
 
 # %% ../../nbs/butterflies/14_sampling.ipynb #6f895039
 #| code-fold: true
-#| code-summary: "A denoiser that is never wrong: its formula is in the next section"
+#| code-summary: "The best possible denoiser: its formula is in the next section"
 class ExactDenoiser(torch.nn.Module):
     """The best possible network for a data set that consists of the given pictures; it is called like a UNet2DModel.
 

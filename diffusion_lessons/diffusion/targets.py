@@ -206,7 +206,7 @@ def noise_batch(
     """Draws timesteps and noise for a batch, and prepares all that the loss needs.
 
     Args:
-        clean: pictures in [-1, 1], or latents, shape (B, C, ...).
+        clean: pictures in [-1, 1], or latents (lesson 22), shape (B, C, ...).
         noise_scheduler: gives alpha_bar and the prediction type.
         generator: the only source of chance; put it on the device of `clean`.
         snr_gamma: gamma of min-SNR weighting (`--snr_gamma`), None for none.
