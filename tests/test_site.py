@@ -283,12 +283,23 @@ def test_every_relative_link_resolves(pages, site):
     assert not broken
 
 
-def test_links_to_the_site_itself_lead_to_its_pages(pages, site):
+def test_links_to_the_site_itself_lead_to_its_pages(pages, site, checkout):
     """nbdev links `names` in backticks to their reference entry, by the address of the published site."""
     root = yaml.safe_load((site / "nbdev.yml").read_text())["website"]["site-url"]
-    pattern = re.compile(rf"{re.escape(root)}/([^)#\s\"]*)")
+    pattern = re.compile(rf"{re.escape(root)}/([^)#?\s\"]*)")
     linked = {target for page in pages.values() for target in pattern.findall(markdown(page))}
-    assert linked <= set(addresses(pages)) | {""}
+    assert linked <= set(addresses(pages)) | {"", "try/index.html"}  # what `make web` lays out is no notebook
+    assert "try/index.html" in linked and (checkout / "web/page/index.html").is_file()
+
+
+def test_settings_and_places_in_links_to_the_page_that_draws_are_known_to_it(pages, checkout):
+    text = (checkout / "web/page/index.html").read_text(encoding="utf-8")
+    links = {link for page in pages.values() for link in re.findall(r"/try/index\.html([?#][^)\s\"]*)", markdown(page))}
+    assert len(links) >= 3
+    for link in links:
+        query, _, place = link.removeprefix("?").partition("#")
+        assert not place or f'id="{place}"' in text, link
+        assert all(f'name="{setting.partition("=")[0]}"' in text for setting in query.split("&") if setting), link
 
 
 @pytest.mark.parametrize("name", LESSONS)

@@ -13,11 +13,12 @@ const shortened = (text, limit) => {
 
 /** One sentence for words that training never showed, and one for what does not fit.
  *
- * @param {Set<string>} known the words of all captions
+ * @param {Set<string> | null} known the words of all captions; null where an adapter may have taught others
  */
 export function captionNotes(prompt, tokenizer, known) {
   const notes = [];
-  const fresh = [...new Set(prompt.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? [])].filter((word) => !known.has(word));
+  const words = known ? (prompt.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? []) : [];
+  const fresh = [...new Set(words)].filter((word) => !known.has(word));
   if (fresh.length) {
     const named = fresh.slice(0, NAMED).map((word) => quoted(shortened(word, 30)));
     if (fresh.length > NAMED) named.push(`${fresh.length - NAMED} more`);

@@ -36,7 +36,7 @@ function showNumbers() {
 
 /** What is odd about the prompt, as the command says it. */
 function showNotes(prompt) {
-  const notes = captionNotes(prompt, session.tokenizer, known);
+  const notes = captionNotes(prompt, session.tokenizer, chosen ? null : known);
   if (!prompt.trim()) notes.push("the prompt is empty; the miniature draws whatever the noise suggests");
   find("notes").replaceChildren(...notes.map((note) => element("li", `Note: ${note}.`)));
 }
