@@ -207,8 +207,8 @@ def table_3_at_each_step(constants: Constants) -> Paper:
     """Its numbers, at whatever step ours are measured: the paper has one number of steps only, about 1000."""
     groups = [{f"{label}, {step} steps": {name: values[name] for name in ("DINO", "PRES", "DIV")}
                for label, values in OF_TABLE_3.items()} for step in constants.steps]  # fmt: skip
-    return Paper("The paper has no such table: beside each number of steps stands its Table 3, from about 1000 steps "
-                 "of Imagen.", groups, has_such_table=False)  # fmt: skip
+    return Paper("The paper has no such table: each number of steps is compared with its Table 3, from about 1000 "
+                 "steps of Imagen.", groups, has_such_table=False)  # fmt: skip
 
 
 def _pictures(number: int) -> str:

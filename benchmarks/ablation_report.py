@@ -100,16 +100,21 @@ def number(value: float | None, error: float | None = None, sign: str = "") -> s
     """A number as it stands in a table: three places, and the standard error, if there is one."""
     if value is None:
         return "–"
-    return f"{value:{sign}.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    return f"{value:{sign}.3f}" + (f"\u00a0±\u00a0{error:.3f}" if error is not None else "")  # no break within it
 
 
 def markdown(made: Mapping[str, Any]) -> str:
-    """A table for people to read."""
-    columns = made["columns"]
-    rows = [{"": row["row"], "n": row["n"], **{column: number(row[column], row[f"{column} ±"]) for column in columns},
-             **{name: number(value) for name, value in row.items() if name.startswith("paper's ")}}
-            for row in made["rows"]]  # fmt: skip
-    return measuring.table(rows)
+    """A table for people to read, and below it the paper's; few rows of many columns lie on their side."""
+    columns, rows = made["columns"], made["rows"]
+    ours = [{"": row["row"], "n": row["n"], **{column: number(row[column], row[f"{column} ±"]) for column in columns}}
+            for row in rows]  # fmt: skip
+    if 2 * len(rows) < len(columns):  # a phone shows three columns
+        ours = [{"": name, **{row[""]: row[name] for row in ours}} for name in ("n", *columns)]
+    said = {row["row"]: {name.removeprefix("paper's "): value for name, value in row.items()
+                         if name.startswith("paper's ")} for row in rows}  # fmt: skip
+    of_paper = [{"the paper's": label, **{name: number(value) for name, value in values.items()}}
+                for label, values in said.items() if any(value is not None for value in values.values())]  # fmt: skip
+    return "\n".join(measuring.table(each) for each in (ours, of_paper if made["is the paper's"] else []) if each)
 
 
 def orders_markdown(orders: Sequence[Mapping[str, Any]]) -> str:
@@ -131,7 +136,7 @@ def verdict(tables: Mapping[str, Mapping[str, Any]]) -> str:
     groups: dict[str, list[str]] = {"yes": [], "**no**": [], "undecided": []}
     for name, each in ((name, each) for name, made in tables.items() if made["is the paper's"]
                        for each in made["orders"]):  # fmt: skip
-        groups[answer(each)].append(f"({name}) {each['column']}: {each['more']} > {each['less']}")
+        groups[answer(each)].append(f"table {name}, {each['column']}: {each['more']} > {each['less']}")
     same, others, undecided = groups.values()
     said = [f"Of {len(same) + len(others) + len(undecided)} orders that the paper's numbers have, the miniature has "
             f"{len(same)} as well, and {len(others)} the other way round; in {len(undecided)} the difference is less "
@@ -153,7 +158,8 @@ def facts(lines: Sequence[Line], wanted: int, words: argparse.Namespace) -> dict
             "seeds of each": ", ".join(map(str, words.seeds)),
             "hours, all runs one after the other": round(sum(line["seconds"]["all"] for line in lines) / 3600, 2),
             "of which a core worked": round(sum(line["seconds"]["core"] for line in lines) / 3600, 2),
-            **{name: all_of(name) for name in ("cpu", "threads", "memory", "python", *measuring.LIBRARIES, "checkout")},
+            **{name: said for name in ("cpu", "threads", "memory", "python", *measuring.LIBRARIES, "checkout")
+               if (said := all_of(name).replace("-dirty", " with changes not committed"))},
             "finished": max(line["finished"] for line in lines), "diverged": "; ".join(failed) or "none",
             **{f"fingerprint, {name}": value for name, value in lines[0]["kind"].items()}}  # fmt: skip
 
@@ -208,10 +214,10 @@ def write_report(words: argparse.Namespace, lines: Sequence[Line], wanted: int, 
              measuring.table([{"": name, " ": value} for name, value in about.items()])]  # fmt: skip
     parts += [f"{note}\n"] if note else []
     for name, made in tables.items():
-        parts.append(f"## ({name}) {made['title']}, in miniature\n\n{markdown(made)}\n{made['paper']}\n")
+        parts.append(f"## Table {name}: {made['title']}, in miniature\n\n{markdown(made)}\n{made['paper']}\n")
         parts += [orders_markdown(made["orders"])] if made["orders"] else []
-        parts += [f"![{text}]({path.relative_to(page.parent)})\n"
-                  for path, text in pictures(folder, name, made, lines, words)]  # fmt: skip
+        parts += [f'![{text}]({path.relative_to(page.parent)}){{fig-alt="{seen}"}}\n'
+                  for path, text, seen in pictures(folder, name, made, lines, words)]  # fmt: skip
     content = json.dumps({"about": about, "note": note, "tables": tables}, indent=1)
     for path, text in ((words.results.with_suffix(".json"), f"{content}\n"), (page, "\n".join(parts))):
         partial = path.with_name(f".{path.name}.partial")
@@ -221,9 +227,11 @@ def write_report(words: argparse.Namespace, lines: Sequence[Line], wanted: int, 
 
 
 def pictures(folder: Path, name: str, made: Mapping[str, Any], lines: Sequence[Line], words: argparse.Namespace
-             ) -> list[tuple[Path, str]]:  # fmt: skip
-    """Draw the figure of a table, and its sheet where the pictures of its runs are there: paths and what they show."""
-    found = [(folder / f"{name}.png", f"The numbers of table {name}: {made['title']}")]
+             ) -> list[tuple[Path, str, str]]:  # fmt: skip
+    """Draw the figure of a table, and its sheet where the pictures of its runs are there: paths, what they are, and in
+    words what is to be seen in them."""
+    found = [(folder / f"{name}.png", f"The numbers of table {name}: {made['title']}",
+              in_words(made, name, words.constants))]  # fmt: skip
     plot(made, name, words.constants, found[0][0])
     sheets: dict[str, Image.Image] = {}
     for line in (each for each in lines if each["condition"] == "base"):
@@ -234,8 +242,64 @@ def pictures(folder: Path, name: str, made: Mapping[str, Any], lines: Sequence[L
     if sheets:  # of the subject and seed of which the most runs kept their pictures
         title, path = max(sheets, key=lambda title: sheets[title].height), folder / f"{name}-pictures.jpg"
         sheets[title].save(path, quality=92, subsampling=0)  # a quarter of the bytes of a PNG, colours in full
-        found.append((path, f"Pictures of table {name}, {title}: a row for each run, a column for each prompt"))
+        text = f"Pictures of table {name}, {title}: a row for each run, a column for each prompt"
+        found.append((path, text, SEEN[name] if title == SEEN_IN else text))
     return found
+
+
+def in_words(made: Mapping[str, Any], name: str, constants: Constants) -> str:
+    """What the figure of a table shows, for whoever does not see it: each curve from end to end, or each point."""
+    about, by_label = TABLES[name], {row["row"]: row for row in made["rows"]}
+    said = []
+    for column in about.shown:
+        rows = [row for row in about.rows(constants) if by_label[row.label][column] is not None]
+        if about.axis:
+            curves = {name: [by_label[row.label][column] for row in rows if row.x is not None and row.curve == name]
+                      for name in dict.fromkeys(row.curve for row in rows if row.x is not None)}  # fmt: skip
+            each_one = [f"{name} {course(values)}".strip() for name, values in curves.items()]
+        else:
+            each_one = [f"{row.label.replace(',', '')} {by_label[row.label][column]:.2f}" for row in rows]
+        said += [f"{column}: {', '.join(each_one)}"] if each_one else []
+    kind = f"Curves over {about.axis}" if about.axis else "Points with standard errors"
+    return f"{kind}. {'; '.join(said)}."
+
+
+def course(values: Sequence[float]) -> str:
+    """The way of a curve: where it begins and ends, and its peak or lowest point, if that lies between."""
+    first, last, top, bottom = values[0], values[-1], max(values), min(values)
+    ends = f"{'rises' if last > first else 'falls'} from {first:.2f} to {last:.2f}"
+    inner = [f"{what} {value:.2f} between" for what, value in (("at most", top), ("at least", bottom))
+             if f"{value:.2f}" not in (f"{first:.2f}", f"{last:.2f}")]  # fmt: skip
+    return " with ".join((ends, " and ".join(inner))) if inner else ends
+
+
+# What is to be seen in the sheets that lie beside the page. Who draws others looks at them and writes this anew.
+SEEN_IN = "subject 221, seed 0"
+TOP = ("Top row: real pictures of the subject, a butterfly with red forewings, black tips, and a black star on each "
+       "orange hind wing.")  # fmt: skip
+SEEN = {
+    "a": f"{TOP} DreamBooth draws a butterfly in these colours on snow, at night and at sea, with blurred spots for "
+         "stars; its butterflies of the class are others, grey and blue, brown, or violet and red. The untouched model "
+         "draws brown and golden butterflies for the subject and violet or brown ones for the class.",
+    "b": f"{TOP} With the prior the three pictures of the class differ: grey and blue, brown, violet and red. Without "
+         "it all three are red with dark tips, close to the subject.",
+    "c": f"{TOP} With the correct noun the subject has its colours in every place. Without a noun it is violet on "
+         "snow and bluish white at night. With the wrong noun, fish, it is an orange fish at night and at sea.",
+    "d": f"{TOP} From one picture the butterfly always has the same pose, and grass lies behind it where snow was "
+         "asked for. From two pictures on most backgrounds are those of the prompts; with more pictures the poses differ "
+         "more, and spots or blotches stand in the place of stars.",
+    "e": f"{TOP} The untouched model draws brown ones. With the prior, 200 steps give a red butterfly in the asked "
+         "places; 800 give its training pictures, stars included, and snow where night was asked for. Without the "
+         "prior, 800 steps give training pictures whatever was asked for, the class included.",
+    "f": f"{TOP} At rates from 0.0001 to 0.001 the subject is red with more and more black, in the asked places, and "
+         "the class keeps violet or grey butterflies. At 0.003 a blurred dark and yellow shape over water stands in "
+         "four of the five columns of the subject.",
+    "g": f"{TOP} Training the UNet gives the red butterfly in each place; with the text encoder blue sky stands where "
+         "night and sea were asked for. LoRA of rank 1 to 16 keeps the places, with orange, brown or yellow and black "
+         "striped wings; rank 64 gives scattered patches, most of them blue.",
+    "h": f"{TOP} At weight 0 the pictures of the class have the subject's red wings with black tips. From 0.25 on they "
+         "become other butterflies, grey, brown or violet. The subject appears in each place at every weight.",
+}  # fmt: skip
 
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -215,8 +216,8 @@ def test_a_difference_decides_when_it_is_twice_its_error(values, said):
     order = report.compare(group, found)[0]
     assert report.answer(order) == said
     text = report.verdict({"b": {"is the paper's": True, "orders": [order]}})
-    assert ("other way round:\n\n- (b) DINO" in text) == (said == "**no**")
-    assert ("Undecided:\n\n- (b) DINO" in text) == (said == "undecided")
+    assert ("other way round:\n\n- table b, DINO" in text) == (said == "**no**")
+    assert ("Undecided:\n\n- table b, DINO" in text) == (said == "undecided")
 
 
 @pytest.fixture
@@ -233,10 +234,14 @@ def test_the_page_says_what_it_shows_and_where_the_miniature_disagrees(lines, wo
     lines.append(made_up("rate 0.003", 1, 0, {}, failed="loss is not finite"))
     report.write_report(words, lines, 164, "note: 3 results are kept apart")
     page = (tmp_path / "ablations.md").read_text(encoding="utf-8")
-    assert "| with prior | 4 | 0.300 ± 0.000 | – | 0.750 ± 0.065 |" in page
-    assert "| DINO | without prior > with prior | 0.712 > 0.684 | -0.100 ± 0.000 | 4 | **no** |" in page
-    assert "- (b) DINO: without prior > with prior\n" in page and "- (b) PRES" not in page
-    assert "- (e)" not in page, "table (e), which the paper has not, does not count"
+    unbroken = page.replace("\u00a0", "_")
+    assert "|  | with prior | without prior |\n" in page, "two rows of eight columns lie on their side"
+    assert "| DINO | 0.750_±_0.065 | 0.650_±_0.065 |" in unbroken and "| CLIP-T | – | – |" in page
+    assert "| the paper's | PRES | DIV | DINO | CLIP-I | CLIP-T |" in page
+    assert "| DINO | without prior > with prior | 0.712 > 0.684 | -0.100_±_0.000 | 4 | **no** |" in unbroken
+    assert "- table b, DINO: without prior > with prior\n" in page and "- table b, PRES" not in page
+    assert "- table e" not in page, "table e, which the paper has not, does not count"
+    assert "points with standard errors. pres: with prior 0.30, without prior 0.38;" in page.lower()
     assert "note: 3 results" in page and "| runs | 11 of 164 |" in page and "rate 0.003, subject 1, seed 0 |" in page
     assert all("in miniature" in head for head in page.split("\n") if head.startswith("#"))
     content = json.loads((tmp_path / "ablations.json").read_text(encoding="utf-8"))
@@ -244,6 +249,45 @@ def test_the_page_says_what_it_shows_and_where_the_miniature_disagrees(lines, wo
     figures = sorted((tmp_path / "ablations").glob("*.png"))
     assert {"a.png", "b.png", "e.png"} <= {path.name for path in figures}
     assert all(path.stat().st_size < 60_000 and f"](ablations/{path.name})" in page for path in figures)
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ((0.5, 0.6), "rises from 0.50 to 0.60"), ((0.6, 0.5, 0.7), "rises from 0.60 to 0.70 with at least 0.50 between"),
+    ((0.6, 0.9, 0.2, 0.5), "falls from 0.60 to 0.50 with at most 0.90 between and at least 0.20 between"),
+])  # fmt: skip
+def test_a_curve_in_words(values, said):
+    assert report.course(values) == said
+
+
+@pytest.fixture
+def written(words, monkeypatch) -> Path:
+    """The page that the maker writes of the results of the repository, with an empty sheet for those that lie there."""
+    about = json.loads((BENCHMARKS / "results" / "ablations.json").read_text(encoding="utf-8"))["about"]
+    kind = {name.removeprefix("fingerprint, "): value for name, value in about.items() if "fingerprint" in name}
+    lines = results.read_results(BENCHMARKS / "results" / "ablations.jsonl", quiet=True)
+    lines = [line for line in lines if line["kind"] == kind]
+    sheet = report.Image.new("RGB", (8, 8))
+    monkeypatch.setattr(report, "draw_sheet", lambda *about: sheet if about[-1] == report.SEEN_IN else None)
+    words.subjects, words.seeds = plan.SUBJECTS, plan.SEEDS
+    report.write_report(words, lines, 164, None)
+    return words.page
+
+
+def test_the_page_of_the_site_is_what_its_maker_writes(written):
+    """Whoever changes the one changes the other."""
+    checkout = BENCHMARKS.parent
+    page = (checkout / "nbs/dreambooth/ablations.md").read_text(encoding="utf-8")
+    assert written.read_text(encoding="utf-8") == page
+    content = (checkout / "benchmarks/results/ablations.json").read_text(encoding="utf-8")
+    assert json.loads(written.with_suffix(".json").read_text(encoding="utf-8")) == json.loads(content)
+
+
+def test_the_page_is_for_those_who_do_not_see_its_pictures_and_for_phones(written):
+    page = written.read_text(encoding="utf-8")
+    seen = re.findall(r'^!\[[^\]]+\]\(ablations/[^)]+\)\{fig-alt="([^"]{60,})"\}$', page, re.MULTILINE)
+    assert len(seen) == page.count("\n![") == 2 * len(TABLES) and len(set(seen)) == len(seen)
+    assert " ±" not in page.split("| --- |", 1)[1] and "-dirty" not in page
+    assert max(line.count("|") - 1 for line in page.splitlines() if line.startswith("|")) <= 8
 
 
 # ── a run ────────────────────────────────────────────────────────────────────────────────
