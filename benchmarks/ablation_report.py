@@ -286,8 +286,8 @@ SEEN = {
     "c": f"{TOP} With the correct noun the subject has its colours in every place. Without a noun it is violet on "
          "snow and bluish white at night. With the wrong noun, fish, it is an orange fish at night and at sea.",
     "d": f"{TOP} From one picture the butterfly always has the same pose, and grass lies behind it where snow was "
-         "asked for. From two pictures on most backgrounds are those of the prompts; with more pictures the poses differ "
-         "more, and spots or blotches stand in the place of stars.",
+         "asked for. From two pictures on most backgrounds are those of the prompts; with more pictures the poses "
+         "differ more, and spots or blotches stand in the place of stars.",
     "e": f"{TOP} The untouched model draws brown ones. With the prior, 200 steps give a red butterfly in the asked "
          "places; 800 give its training pictures, stars included, and snow where night was asked for. Without the "
          "prior, 800 steps give training pictures whatever was asked for, the class included.",

@@ -321,14 +321,50 @@ def test_next_follows_the_path():
         assert f"{following.name})" in closing, f"{lesson.stem} leads to {following.stem}"
 
 
+def opening(name: str) -> str:
+    """The cell below the title, in one line."""
+    return " ".join(NOTEBOOKS[name].cells[2].source.split())
+
+
+def reading_minutes(name: str) -> int:
+    """How many minutes a lesson says that reading takes."""
+    said = re.search(r"Reading takes (?:about )?(\d+|[a-z -]+?)(?: minutes)?[.;,]", opening(name))
+    assert said, f"{name}: say how many minutes reading takes"
+    return int(SPELLED.get(said[1], said[1]))
+
+
+@each_lesson
+def test_a_lesson_says_how_long_it_takes(name):
+    """In one form, and roughly what its words and lines of code take: the factors are those of the course's lessons."""
+    lines = [line for cell in code_cells(name) for line in cell.source.splitlines()]
+    code = sum(bool(line.strip()) and not line.startswith("#|") for line in lines)
+    minutes = 1.7 * sum(map(words, prose(name))) / 200 + 0.023 * code
+    assert 0.65 <= reading_minutes(name) / minutes <= 1.75, f"{name}: {minutes:.0f} minutes by its words and lines"
+    runs = r"Reading takes [^.]+\. The code (?:runs|needs|takes|trains) [^.]*(?:second|minute)s?[^.]* CPU cores?\b"
+    assert re.search(runs, opening(name)), f"{name}: say after that how long the code runs, on how many cores"
+
+
 def test_the_index_says_the_minutes_that_the_lesson_says():
     rows = ROW.findall(index_text())
     assert len(rows) >= 20
     for _, address, minutes in rows:
-        opening = " ".join(NOTEBOOKS[Path(address).stem].cells[2].source.split())
-        said = re.search(r"Reading takes (?:about )?(\d+|[a-z -]+?)(?: minutes)?[.;,]", opening)
-        assert said, f"{address}: say how many minutes reading takes"
-        assert int(minutes) == int(SPELLED.get(said[1], said[1])), f"{address}: {said[0]}"
+        assert int(minutes) == reading_minutes(Path(address).stem), address
+
+
+def test_the_workshop_leads_from_lesson_to_lesson():
+    """As the index lists them: the engine, then pictures."""
+    rows = re.findall(r"^\| \d\d \| \[[^\]]+\]\(workshop/([^)]+)\)", index_text(), re.MULTILINE)
+    rows = [row for row in rows if row < "79"]
+    assert len(rows) == 19 and rows == sorted(rows)
+    for lesson, following in itertools.pairwise(rows):
+        closing = "\n".join(prose(Path(lesson).stem)).rsplit("## Next", 1)[1]
+        assert f"({following})" in closing, f"{lesson} leads to {following}"
+
+
+@each_lesson
+def test_a_link_says_lesson_and_not_the_name_of_a_file(name):
+    text = re.sub(r"```.*?```", "", "\n".join(prose(name)), flags=re.DOTALL)
+    assert not re.findall(r"\[`?\d\d_\w+(?:\.ipynb)?`?\]\(|`\d\d_\w+\.ipynb`", text), "[lesson 71](71_data.ipynb)"
 
 
 def test_the_index_names_every_lesson():
