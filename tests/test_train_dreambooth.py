@@ -362,7 +362,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(lora, pictures, tmp
     said = capsys.readouterr().out
     assert "3 pictures of the subject, 4 class images to generate, 3 steps an epoch, 4 steps in 2 epochs" in said
     assert re.search(r"memory: 0\.\d+ GiB", said) and re.search(r"about \d+\.\d minutes \(0\.\d+ s a micro-step", said)
-    learning = re.search(r"([\d,]+) of ([\d,]+) numbers are trained", said)
+    learning = re.search(r"([\d,]+) of ([\d,]+) parameters are trained", said)
     trained, whole = (int(number.replace(",", "")) for number in learning.groups())
     assert trained < 0.02 * whole if lora else trained == whole > 6_000_000
     assert everything(tmp_path) == before

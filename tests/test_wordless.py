@@ -23,7 +23,7 @@ from diffusion_lessons.butterflies import training as butterflies
 from diffusion_lessons.butterflies.command import build_model, check_before_work, load_data, main, settle, size_note
 from diffusion_lessons.butterflies.config import TrainingConfig, parse_butterflies
 from diffusion_lessons.butterflies.training import evaluate, train_loop
-from diffusion_lessons.diffusion.pipelines import load_unconditional, read_unconditional
+from diffusion_lessons.diffusion.pipelines import check_weights, load_unconditional, read_unconditional
 from diffusion_lessons.diffusion.targets import make_noise_scheduler
 from diffusion_lessons.diffusion.unet import UNETS, make_unet
 from diffusion_lessons.dreambooth.inference import main as generate_images
@@ -211,8 +211,8 @@ def another_unet(**values) -> dict:
     [({"in_channels": 1, "out_channels": 1}, "takes 1 channels and gives 1"),
      ({"in_channels": 4, "out_channels": 4}, "takes 4 channels and gives 4"),
      ({"in_channels": 6}, "takes 6 channels and gives 3"), ({"out_channels": 6}, "takes 3 channels and gives 6"),
-     ({"num_class_embeds": 10}, "is told the class"), ({"class_embed_type": "timestep"}, "is told the class"),
-     ({"time_embedding_type": "fourier"}, "is told a noise level"),
+     ({"num_class_embeds": 10}, "wants the class"), ({"class_embed_type": "timestep"}, "wants the class"),
+     ({"time_embedding_type": "fourier"}, "wants a noise level"),
      ({"down_block_types": ["NoSuchBlock", "DownBlock2D"]}, "builds no UNet2DModel"),
      ({"norm_num_groups": 3}, "builds no UNet2DModel"),
      ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")],
@@ -352,6 +352,33 @@ def test_weights_of_several_files_and_of_half_precision_are_read_into_32_bits(tm
     half = save(tmp_path / "half", make_unet("tiny-16", seed=0).half())
     model, _ = load_unconditional(str(half))
     assert model.dtype == torch.float32 and torch.equal(model.conv_in.weight, weight.half().float())
+
+
+@pytest.mark.parametrize("gone", ["one piece", "all pieces", "index"])
+def test_a_piece_of_weights_in_several_files_that_is_missing_is_named(tmp_path, gone):
+    folder = save(tmp_path / "theirs")
+    unet = make_unet("tiny-16", seed=0)
+    (folder / "unet" / WEIGHTS).unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="40KB")
+    pieces = sorted((folder / "unet").glob("*.safetensors"))
+    index, = (folder / "unet").glob("*.index.json")
+    assert len(pieces) > 2
+    check_weights(folder / "unet", unet, "--model theirs")
+    missing = {"one piece": pieces[1:2], "all pieces": pieces, "index": [index]}[gone]
+    for path in missing:
+        path.unlink()
+    wanted = "-*-of-*" if gone == "all pieces" else missing[0].name
+    with pytest.raises(InputError, match=r"--model theirs: its network is incomplete: it has no ") as caught:
+        check_weights(folder / "unet", unet, "--model theirs")
+    assert wanted in str(caught.value) and "another network" not in str(caught.value)
+
+
+def test_a_torn_file_beside_a_pickle_is_called_torn(tmp_path):
+    folder = save(tmp_path / "theirs") / "unet"
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"")
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9])
+    with pytest.raises(InputError, match="cut off"):
+        check_weights(folder, make_unet("tiny-16", seed=0), "--model theirs")
 
 
 def test_the_check_before_the_work_reads_no_weights(tmp_path, monkeypatch):

@@ -60,8 +60,8 @@ def check_unet(unet_config: Mapping, said: str) -> None:
     taken, given = unet_config.get("in_channels", 3), unet_config.get("out_channels", 3)
     in_the_way = {
         f"takes {taken} channels and gives {given}, and pictures have 3 colours here": (taken, given) != (3, 3),
-        "is told the class of each picture": unet_config.get("class_embed_type") or unet_config.get("num_class_embeds"),
-        "is told a noise level, not a timestep": unet_config.get("time_embedding_type", "positional") == "fourier",
+        "wants the class of each picture": unet_config.get("class_embed_type") or unet_config.get("num_class_embeds"),
+        "wants a noise level, not a timestep": unet_config.get("time_embedding_type", "positional") == "fourier",
     }
     for reason in (reason for reason, holds in in_the_way.items() if holds):
         raise InputError(f"{said}: its network {reason}; take a UNet2DModel that turns RGB into RGB, without classes")

@@ -170,7 +170,7 @@ class Measured(NamedTuple):
 
     seconds: float  # of one micro-step
     memory: float  # GiB, without activations where it is not measured
-    size: dict[str, Any]  # numbers that learn, as `adapter_size` counts them
+    size: dict[str, Any]  # parameters that learn, as `adapter_size` counts them
     pictures: int  # of the subject
     missing: int  # class images that would have to be generated
 
@@ -216,7 +216,7 @@ def dry_run(config: DreamBoothConfig, num_processes: int = 1) -> str:
     return (f"dry run: {pictures} pictures of the subject, {missing} class images to generate, "
             f"{per_epoch} steps an epoch, {total} steps in {epochs} epochs\n"
             f"memory: {memory_text(memory, default_device(), config.use_ema)}; "
-            f"{size['trained']:,} of {size['of']:,} numbers are trained\n"
+            f"{size['trained']:,} of {size['of']:,} parameters are trained\n"
             f"{memory_table(estimate_run(config, folder), default_device().type != 'cpu')}\n"
             f"time: about {minutes:.1f} minutes ({seconds:.3f} s a micro-step, measured), class images and validation "
             "aside")

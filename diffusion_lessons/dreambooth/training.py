@@ -76,7 +76,7 @@ def gather(config: DreamBoothConfig, accelerator: Accelerator) -> Ingredients:
     models = choose_models(config, pipeline, plan)
     if config.lora:
         size = adapter_size(models)
-        say(f"adapters of rank {config.rank}: {size['trained']:,} of {size['of']:,} numbers, "
+        say(f"adapters of rank {config.rank}: {size['trained']:,} of {size['of']:,} parameters, "
             f"{size['bytes'] / 1e6:.2f} MB")
     clip, eye = encoders[-1]
     watch = Watch(config, pipeline, make_table(config, clip, data.real, eye), plan)
@@ -146,7 +146,7 @@ def loads_in_half(base: Path) -> bool:
 def card_usage(config: DreamBoothConfig, name: str, in_half: bool = False) -> str:
     """Python code that draws with what a run left, in plain diffusers.
 
-    name: of the run's folder. in_half: whether the base model has to be told a format, see `loads_in_half`.
+    name: of the run's folder. in_half: whether the base model needs a format named, see `loads_in_half`.
     """
     base, imports, options = config.pretrained_model_name_or_path, "", ""
     if config.lora:

@@ -209,7 +209,7 @@ class LastingTracker:
 def start_tracker(accelerator: Accelerator, config: RunConfig, project: str, step: int = 0) -> None:
     """Start the tracker that the config names, with its public fields; a resumed TensorBoard log forgets later steps.
 
-    Of paths only the last name is told: a tracker may be a service, and where things lie here is nobody's business.
+    Of paths only the last name is logged: a tracker may be a service, and where things lie here is nobody's business.
 
     project: name of the group of runs. step: optimizer steps done so far. Call it on all processes; only the main one
     writes.

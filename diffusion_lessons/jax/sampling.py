@@ -72,7 +72,7 @@ def check_served(config: Mapping[str, Any]) -> None:
 class StepTable(NamedTuple):
     """A solver's walk: a row for each step, each field of shape (steps,); factors in float32."""
 
-    timestep: Any  # int32; what the network is told
+    timestep: Any  # int32; what the network gets
     guess_noisy: Any  # clean guess = guess_noisy * noisy + guess_predicted * prediction
     guess_predicted: Any
     step_noisy: Any  # next = step_noisy * noisy + step_guess * guess + step_last * last guess
@@ -100,7 +100,7 @@ def step_table(scheduler: JaxSampler, num_inference_steps: int = 25) -> StepTabl
     numbers = [*_guess(scheduler.config.prediction_type, here), scale, weight * (1 + extended), -weight * extended]
     return StepTable(visited, *(each.astype(np.float32) for each in numbers))
 
-
+# %% ../../nbs/jax/54_sampling_in_jax.ipynb #c54a0018
 Levels = tuple[np.ndarray, np.ndarray, np.ndarray]  # alpha_bar before and after each step, and a line's extension
 
 

@@ -19,9 +19,6 @@ from .layers import Downsample, LayerMaker, NetworkConfig, PictureTransformer, R
 from .layers import TimeEmbedding, Upsample, call, per_block, require_served, timestep_features
 
 # %% ../../nbs/jax/51_unet_in_jax.ipynb #0029b157
-PLAIN, ATTENDING = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
-
-
 @dataclass(frozen=True)
 class UNetConfig(NetworkConfig):
     """The served options of a UNet2DConditionModel, with diffusers' names and defaults."""
@@ -54,20 +51,7 @@ class UNetConfig(NetworkConfig):
 
     def check(self, said: str) -> None:
         """Raise InputError for blocks that are not served, and for channels that do not divide."""
-        require_served(said, "block_out_channels", self.block_out_channels, isinstance(self.block_out_channels, tuple),
-                       "a list of numbers is served")
-        for name in ("down_block_types", "up_block_types"):
-            kinds, served = getattr(self, name), [pair[name == "up_block_types"] for pair in (PLAIN, ATTENDING)]
-            fits = set(kinds) <= set(served) and len(kinds) == len(self.block_out_channels)
-            require_served(said, name, list(kinds), fits, f"one of {' and '.join(served)} is served for each block")
-        for name in ("layers_per_block", "cross_attention_dim", "norm_num_groups", "in_channels", "out_channels"):
-            value = getattr(self, name)
-            require_served(said, name, value, isinstance(value, int), "one number is served")
-        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            require_served(said, "attention_head_dim", self.attention_head_dim, channels % heads == 0,
-                           "a number of heads that divides the channels is served")
-            require_served(said, "norm_num_groups", self.norm_num_groups, channels % self.norm_num_groups == 0,
-                           "a number of groups that divides the channels is served")
+        _check_unet(self, said)
 
     def resnet(self, make: LayerMaker, inputs: int, outputs: int) -> ResnetBlock:
         """A residual block as all of this UNet are."""
@@ -77,6 +61,27 @@ class UNetConfig(NetworkConfig):
         """A transformer as all of this UNet are."""
         return PictureTransformer(make, channels, heads, self.cross_attention_dim, self.norm_num_groups,
                                   self.use_linear_projection)
+
+# %% ../../nbs/jax/51_unet_in_jax.ipynb #c51a0009
+PLAIN, ATTENDING = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+
+
+def _check_unet(config: UNetConfig, said: str) -> None:
+    """Raise InputError for blocks that are not served, and for channels that do not divide."""
+    require_served(said, "block_out_channels", config.block_out_channels, isinstance(config.block_out_channels, tuple),
+                   "a list of numbers is served")
+    for name in ("down_block_types", "up_block_types"):
+        kinds, served = getattr(config, name), [pair[name == "up_block_types"] for pair in (PLAIN, ATTENDING)]
+        fits = set(kinds) <= set(served) and len(kinds) == len(config.block_out_channels)
+        require_served(said, name, list(kinds), fits, f"one of {' and '.join(served)} is served for each block")
+    for name in ("layers_per_block", "cross_attention_dim", "norm_num_groups", "in_channels", "out_channels"):
+        value = getattr(config, name)
+        require_served(said, name, value, isinstance(value, int), "one number is served")
+    for channels, heads in zip(config.block_out_channels, config.heads, strict=True):
+        require_served(said, "attention_head_dim", config.attention_head_dim, channels % heads == 0,
+                       "a number of heads that divides the channels is served")
+        require_served(said, "norm_num_groups", config.norm_num_groups, channels % config.norm_num_groups == 0,
+                       "a number of groups that divides the channels is served")
 
 # %% ../../nbs/jax/51_unet_in_jax.ipynb #0b7f8b25
 class DownBlock(nnx.Module):

@@ -107,7 +107,7 @@ class Look:
 
 # %% ../../nbs/workshop/74_creatures.ipynb #effca7d0
 def wing_field(wing: Wing, base: RGB, look: Look) -> list[Shape]:
-    """The ground of a wing: an outline that shows on white too, fringe, border, and shading from edge to root."""
+    """The base of a wing: an outline that shows on white too, fringe, border, and shading from edge to root."""
     root, marks = wing.outline[0], look.marks
     shapes = [(grown(wing.outline, 1.05), mix(look.border, INK, .3)), (wing.outline, look.border)]
     if marks.fringe:

@@ -8,7 +8,7 @@ __all__ = ['ImageEncoder', 'perceptual_distances', 'EncodedDistance', 'LayerDist
 
 # %% ../../nbs/workshop/99_encoders.ipynb #357e2254
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,15 +149,8 @@ class CLIPEncoder:
     @torch.no_grad()
     def layers(self, images: Tensor) -> list[Tensor]:
         """What every layer of the image tower says at each patch: tensors (N, C, h, w), for `perceptual_distances`."""
-        states: list[Tensor] = []
-        hooks = [layer.register_forward_hook(  # what a layer returns, and whether in a tuple, differs between versions
-            lambda module, inputs, output: states.append(output[0] if isinstance(output, tuple) else output))
-            for layer in self.model.vision_model.encoder.layers]
-        try:
-            self.model.vision_model(self._pixels(images))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        tower = self.model.vision_model
+        states = _said_by(tower.encoder.layers, lambda: tower(self._pixels(images)))
         side = math.isqrt(states[0].shape[1] - 1)  # all tokens but the first are patches
         return [state[:, 1:].transpose(1, 2).unflatten(2, (side, side)).cpu() for state in states]
 
@@ -165,6 +158,20 @@ class CLIPEncoder:
     def distance(self) -> LayerDistance:
         """Perceptual distance between two batches of pictures by this encoder's layers, (N,)."""
         return LayerDistance(self.layers)
+
+# %% ../../nbs/workshop/99_encoders.ipynb #c99a0025
+def _said_by(layers: Iterable[torch.nn.Module], call: Callable[[], Any]) -> list[Tensor]:
+    """What each of the layers returns during a call, in their order."""
+    states: list[Tensor] = []
+    hooks = [layer.register_forward_hook(  # what a layer returns, and whether in a tuple, differs between versions
+        lambda module, inputs, output: states.append(output[0] if isinstance(output, tuple) else output))
+        for layer in layers]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states
 
 # %% ../../nbs/workshop/99_encoders.ipynb #5125fd5c
 class DINOEncoder:
