@@ -214,6 +214,55 @@ def test_figures_say_in_words_what_is_to_be_seen(name):
     assert not missing, f"{missing} of {len(texts)} cells with figures have no `#| fig-alt`"
 
 
+DRAWING = {"plot", "hist", "errorbar", "scatter", "step", "fill_between", "semilogx", "semilogy", "loglog", "stairs"}
+WAYS = {"linestyle", "ls", "marker", "fmt", "linewidth", "hatch", "histtype", None}  # None: **looks
+FORMATS = {"style", "mark", "marker", "line"}
+
+
+def by_colour_only(tree: ast.AST) -> list[str]:
+    """Calls in a loop that draw what a legend names, and in which nothing varies from turn to turn but the colour."""
+    found = []
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
+    for call in {node for loop in loops for part in loop.body for node in ast.walk(part) if isinstance(node, ast.Call)}:
+        named = {keyword.arg: keyword.value for keyword in call.keywords}
+        in_legend = "label" in named and not isinstance(named["label"], ast.Constant | ast.IfExp)
+        if in_legend and getattr(call.func, "attr", "") in DRAWING:
+            ways = [value for name, value in named.items() if name in WAYS]
+            if call.func.attr == "plot":  # plot(x, y, "o--"), plot(y, style)
+                ways += call.args[2:] or [each for each in call.args[1:] if getattr(each, "id", "") in FORMATS]
+            if all(isinstance(way, ast.Constant) for way in ways):
+                found.append(ast.unparse(call))
+    return found
+
+
+@pytest.mark.parametrize(("code", "is_found"), [
+    ("ax.plot(x, y, label=name)", True), ("ax.plot(x, y, '.', label=name, color=c)", True),
+    ("ax.plot(x, y, style, label=name)", False), ("ax.plot(x, y, label=name, linestyle=line)", False),
+    ("ax.hist(x, label=name, color=c)", True), ("ax.hist(x, label=name, histtype=kind)", False),
+    ("ax.plot(x, y)", False), ("ax.plot(x, y, label='all')", False),
+])  # fmt: skip
+def test_the_search_for_colours_knows_other_ways(code, is_found):
+    assert bool(by_colour_only(ast.parse(f"for name in names:\n    {code}"))) == is_found
+
+
+@each_lesson
+def test_curves_differ_by_more_than_their_colour(name):
+    assert [each for cell in code_cells(name) for each in by_colour_only(ast.parse(cell.source))] == []
+
+
+def visible_lines(cell) -> int:
+    """Lines of a cell that a reader sees: not blank, no directive, and none where the cell is folded."""
+    given = directives(cell.source)
+    if {"hide", "code-fold"} & set(given):
+        return 0
+    return sum(bool(line.strip()) and not line.startswith("#|") for line in cell.source.splitlines())
+
+
+@each_lesson
+def test_a_cell_that_is_open_fits_a_screen(name):
+    assert not [cell.source[:80] for cell in code_cells(name) if visible_lines(cell) > 40], "split it, or fold it"
+
+
 @each_lesson
 def test_next_leads_to_an_existing_lesson(name):
     """A lesson that the course does not have yet may be named, but not linked."""
@@ -385,3 +434,22 @@ def test_the_glossary_is_sorted_and_leads_to_lessons_that_use_the_word():
         assert found and all((NBS / address).is_file() for address in found), word
         said = " ".join("\n".join(prose(Path(address).stem)).lower() for address in found)
         assert named in " ".join(said.split()), f"{found} say nothing of {named}"
+
+
+# Words of one author, and what they stand for: a config has settings, networks have parameters, pictures a background.
+PET_WORDS = {
+    "told (settings, options)": r"\b(?:is|are|be|being) told\b(?!\s+apart)", "untold": r"\buntold\b",
+    "ground (background, place)": r"\bplain ground\b|\bfrom the ground\b(?! truth)|\bground first\b",
+    "numbers (parameters)": r"\bnumbers (?:that )?(?:learn|are trained)\b|\bso many numbers adds\b",
+    "storeys (parts)": r"\bstoreys?\b", "so-manieth": r"\bso-manieth\b", "mood": r"\bmoods?\b", "bribe": r"\bbrib\w+",
+    "dice (chance)": r"\bdice\b", "drawer (module)": r"(?<!museum's )(?<!real )\bdrawers? (?:for|of)\b",
+}  # fmt: skip
+
+
+@each_lesson
+def test_no_pet_words(name):
+    cells = [cell.source for cell in NOTEBOOKS[name].cells]
+    cells += [str(output.get("text", "")) for cell in code_cells(name) for output in cell.outputs]
+    found = [(word, match[0]) for word, pattern in PET_WORDS.items() for source in cells
+             for match in re.finditer(pattern, source, re.IGNORECASE)]  # fmt: skip
+    assert found == []
