@@ -85,6 +85,8 @@ def to_torch(leaf: str, weight: np.ndarray) -> np.ndarray:
     return weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T
 
 # %% ../../nbs/jax/50_pure_functions.ipynb #32f84a6b
+#| code-fold: true
+#| code-summary: "fill, weights_of: weights by their names in PyTorch, in and out"
 def fill(network: nnx.Module, weights: Mapping[str, np.ndarray], said: str) -> None:
     """Put weights by their names in PyTorch into a network of arrays or of mere shapes; `said` begins each error.
 
@@ -225,6 +227,8 @@ class ResnetBlock(nnx.Module):
         return hidden + (picture if self.conv_shortcut is None else self.conv_shortcut(picture))
 
 # %% ../../nbs/jax/50_pure_functions.ipynb #36cd1945
+#| code-fold: true
+#| code-summary: "Downsample, Upsample: half the size, twice the size"
 class Downsample(nnx.Module):
     """Half the height and width. The UNet pads on all sides; the autoencoder (`corner`) on the right and below."""
 
@@ -277,6 +281,8 @@ def call(layer: nnx.Module, *inputs: Any, remat: bool = False) -> Array:
     return jax.checkpoint(lambda weights, *inputs: nnx.merge(structure, weights)(*inputs))(weights, *inputs)
 
 # %% ../../nbs/jax/50_pure_functions.ipynb #2d6e481d
+#| code-fold: true
+#| code-summary: "NetworkConfig: options served, fixed or without effect, and the rest refused"
 @dataclass(frozen=True)
 class NetworkConfig:
     """The options of a network's `config.json` that are served. Subclasses have them as fields."""

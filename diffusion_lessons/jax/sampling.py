@@ -49,6 +49,8 @@ def read_sampler(folder: str | Path, name: str = "dpmsolver++") -> JaxSampler:
     return make_sampler(scheduler_trained_with(config), name)
 
 # %% ../../nbs/jax/54_sampling_in_jax.ipynb #e416871c
+#| code-fold: true
+#| code-summary: "check_served: the settings that would change the pictures, and their refusal"
 # Set to anything else, these would change what is drawn.
 REQUIRED = {
     "thresholding": False, "clip_sample": False, "rescale_betas_zero_snr": False, "use_karras_sigmas": False,

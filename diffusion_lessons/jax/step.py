@@ -31,6 +31,8 @@ from .sampling import in_rows
 from ..stable_diffusion.latents import pictures_at_once
 
 # %% ../../nbs/jax/55_step.ipynb #a5500010
+#| code-fold: true
+#| code-summary: "encode_pictures: means and log-variances, a batch at a time"
 def encode_pictures(autoencoder: Autoencoder, pictures: Tensor) -> np.ndarray:
     """Means and log-variances of latents, float16 (N, h, w, 2 · channels), not scaled.
 
@@ -45,6 +47,8 @@ def encode_pictures(autoencoder: Autoencoder, pictures: Tensor) -> np.ndarray:
     return np.concatenate(moments)
 
 # %% ../../nbs/jax/55_step.ipynb #a5500012
+#| code-fold: true
+#| code-summary: "encode_pairs: subject and class along an axis of their own"
 def encode_pairs(autoencoder: Autoencoder, groups: Sequence[Sequence[np.ndarray]], size: int, at_least: int = 1
                  ) -> np.ndarray:
     """Pairs of a picture of the subject and, if there are any, one of the class: (pairs, groups, h, w, 2 · channels).
@@ -149,6 +153,8 @@ class Rates(NamedTuple):
     decay: Any
 
 # %% ../../nbs/jax/55_step.ipynb #a5500031
+#| code-fold: true
+#| code-summary: "rates_of: learning rate and decay at each step"
 def rates_of(config: DreamBoothConfig, total_steps: int, num_devices: int = 1) -> Rates:
     """Learning rate and decay at each optimizer step, float32, by the formulas of the PyTorch side.
 
@@ -184,6 +190,8 @@ class StepState(NamedTuple):
     averages: dict[str, nnx.State] | None
 
 # %% ../../nbs/jax/55_step.ipynb #a5500036
+#| code-fold: true
+#| code-summary: "begin_state: weights, moments of zeros, copies for the averages"
 def begin_state(weights: Mapping[str, nnx.State], optimizer: optax.GradientTransformation, use_ema: bool = False
                 ) -> StepState:
     """The state before the first step; moments and averages lie as the weights do.
