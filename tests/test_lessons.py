@@ -214,6 +214,28 @@ def test_figures_say_in_words_what_is_to_be_seen(name):
     assert not missing, f"{missing} of {len(texts)} cells with figures have no `#| fig-alt`"
 
 
+def told_apart_by_colour(source: str) -> list[str]:
+    """Calls that draw several kinds of bars or dots, named in a legend, with nothing but a colour to each."""
+    found = []
+    loops = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For)]
+    for call in (each for loop in loops for each in ast.walk(loop) if isinstance(each, ast.Call)):
+        if not isinstance(call.func, ast.Attribute):
+            continue
+        said = {each.arg: each.value for each in call.keywords}
+        if isinstance(said.get("label"), type(None) | ast.Constant | ast.IfExp):  # none, or one name for all
+            continue
+        alike = any(isinstance(each, ast.Constant) and isinstance(each.value, str) for each in call.args)
+        if (call.func.attr in ("bar", "barh") and "hatch" not in said) or (call.func.attr == "plot" and alike):
+            found.append(ast.unparse(call)[:100])
+    return found
+
+
+@each_lesson
+def test_no_legend_tells_apart_by_colour_alone(name):
+    """Bars have a hatch, dots a mark of their own; `plot_curves` sees to lines."""
+    assert not [each for cell in code_cells(name) for each in told_apart_by_colour(cell.source)]
+
+
 @each_lesson
 def test_next_leads_to_an_existing_lesson(name):
     """A lesson that the course does not have yet may be named, but not linked."""
