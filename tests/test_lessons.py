@@ -240,7 +240,8 @@ def by_colour_only(tree: ast.AST) -> list[str]:
     ("ax.plot(x, y, label=name)", True), ("ax.plot(x, y, '.', label=name, color=c)", True),
     ("ax.plot(x, y, style, label=name)", False), ("ax.plot(x, y, label=name, linestyle=line)", False),
     ("ax.hist(x, label=name, color=c)", True), ("ax.hist(x, label=name, histtype=kind)", False),
-    ("ax.bar(x, y, label=name)", True), ("ax.bar(x, y, label=name, hatch=lines)", False), ("ax.plot(x, y)", False), ("ax.plot(x, y, label='all')", False),
+    ("ax.bar(x, y, label=name)", True), ("ax.bar(x, y, label=name, hatch=lines)", False),
+    ("ax.plot(x, y)", False), ("ax.plot(x, y, label='all')", False),
 ])  # fmt: skip
 def test_the_search_for_colours_knows_other_ways(code, is_found):
     assert bool(by_colour_only(ast.parse(f"for name in names:\n    {code}"))) == is_found
