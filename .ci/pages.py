@@ -89,6 +89,13 @@ def lead_with_options(cell) -> None:
         cell.source = "\n".join(head + lines[code:])
 
 
+def keep_columns(cell) -> None:
+    """Mark a cell that printed a table; on a phone its lines scroll, where sentences wrap."""
+    printed = "\n".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
+    if cell.get("source") and len(re.findall(r"^.*\S {2,}\S.*$", printed, re.MULTILINE)) >= 2:
+        cell.source = f"#| classes: columns\n{cell.source}"
+
+
 def mend_links(cell) -> None:
     """Of the links that nbdev makes: methods have no heading, so theirs lead to their class; arguments get none."""
     if cell.cell_type == "markdown" and cell.source:

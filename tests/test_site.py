@@ -253,6 +253,37 @@ def test_alt_text_stands_where_quarto_reads_it(pages):
             assert described or not drawn or name == "index", f"{name}: {cell.source[:200]}"
 
 
+def test_printed_tables_keep_their_columns(pages, site):
+    """The lines of a table do not wrap on a phone, those of a sentence do."""
+    cell = next(cell for cell in code_cells(pages["miniature/24_latent_diffusion"]) if any(
+        "down_blocks.1   (128, 128)" in "".join(output.get("text", "")) for output in cell.outputs))  # fmt: skip
+    assert options(cell)["classes"] == "columns"
+    marked = [cell for page in pages.values() for cell in code_cells(page) if "classes" in options(cell)]
+    assert 20 < len(marked) < sum(len(code_cells(page)) for page in pages.values()) / 4
+    css = re.sub(r"/\*.*?\*/", "", (site / "styles.css").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert re.search(r"\.columns \.cell-output-stdout > pre > code \{\s*white-space: pre;", css)
+
+
+def test_classes_that_the_styles_know_are_on_the_pages(pages, site):
+    text = "".join(map(markdown, pages.values())) + "".join((site / name).read_text("utf-8") for name in BESIDE)
+    assert all(f"::: {{.{name}}}" in text for name in ("flags", "glossary", "not-run"))
+    css = (site / "styles.css").read_text(encoding="utf-8")
+    assert all(f".{name}" in css for name in ("flags", "glossary", "not-run"))
+
+
+def visible(formula: str) -> int:
+    """About how many signs of a formula one sees."""
+    formula = re.sub(r"\\(?:left|right|[bB]ig|math\w+|text|operatorname|[lr]Vert|[!,;:])", "", formula)
+    return len(re.sub(r"[{}\s^_\\&]", "", re.sub(r"\\[a-zA-Z]+", "x", formula)))
+
+
+def test_two_formulas_stand_in_two_lines_unless_they_are_short(pages):
+    """A phone has room for about thirty signs; the rest would have to be scrolled into view."""
+    for name, page in pages.items():
+        for formula in re.findall(r"\$\$(.+?)\$\$", markdown(page), re.DOTALL):
+            assert "\\qquad" not in formula or visible(formula) <= 30, f"{name}: {formula}"
+
+
 def test_a_config_shows_its_flags_with_their_help(pages):
     page = pages["workshop/87_dreambooth_config"]
     text = entry(page, "AdapterOptions")
