@@ -204,8 +204,8 @@ def constants(tree: ast.AST) -> dict[str, str]:
 def shown_type(annotation) -> str:
     """A type, without the modules that its parts come from."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    text = re.sub(r"ForwardRef\('([^']+)'\)", r"\1", text).replace("~", "")
-    return re.sub(r"(?<![\w'.])(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", text)
+    text = re.sub(r"ForwardRef\('([^']+)'\)|<class '([^']+)'>", lambda found: found[1] or found[2], text)
+    return re.sub(r"(?<![\w'.])(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", text.replace("~", ""))
 
 
 def shown_parameters(signature: inspect.Signature, names: dict[str, str]) -> list[str]:
