@@ -7,12 +7,15 @@ import ast
 import dataclasses
 import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import yaml
 from execnb.nbio import mk_cell
 from fastcore.docments import get_name
+from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
@@ -23,6 +26,13 @@ NBDEV_FOLD = FOLD.format("show", "Exported source")  # what nbdev writes before 
 HUB = re.compile(r"push_to_hub=True|snapshot_download\(|[\"'](?!outputs/)[\w-]+/[\w.-]+[\"']")
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises):\n((?:(?: {4}.*)?(?:\n|\Z))+)", re.MULTILINE)
 HEADINGS = {"Args": "Arguments"}
+LONGEST_DEFAULT = 40  # characters; of a longer one a signature names the constant
+SIGNATURE_WIDTH = 100
+SENTENCE_AFTER_ARGUMENTS = re.compile(r"(?<=[.;)]) (?=(?:Raises|Returns|Yields|Sources?:)\b)")
+OPTION = re.compile(r"^#\| *[\w-]+:")  # what Quarto reads, and only at the head of a cell
+LINKED = re.compile(r"\[(`\w+`)\]\([^)]*\)")
+ITEM_NAMES = re.compile(rf"^- (?:(?:{LINKED.pattern}|`\w+`)(?:, )?)+:", re.MULTILINE)
+METHOD_LINK = re.compile(r"(\]\([^)\s]*#\w+)\.\w+\)")
 
 
 def cell_body(source: str) -> list[ast.stmt]:
@@ -70,6 +80,32 @@ class fold_plumbing(Processor):
             cell.source = FOLD.format("true", "Exported source") + own
 
 
+def lead_with_options(cell) -> None:
+    """Move the `#|` lines of a cell before its comments: after `# @title Solution`, Quarto would not read them."""
+    if cell.cell_type == "code" and cell.source:
+        lines = cell.source.split("\n")
+        code = next((index for index, line in enumerate(lines) if line and not line.startswith("#")), len(lines))
+        head = sorted(lines[:code], key=lambda line: not OPTION.match(line))  # a stable sort
+        cell.source = "\n".join(head + lines[code:])
+
+
+def keep_columns(cell) -> None:
+    """Mark a cell that printed a table; on a phone its lines scroll, where sentences wrap."""
+    printed = "\n".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
+    if cell.get("source") and len(re.findall(r"^.*\S {2,}\S.*$", printed, re.MULTILINE)) >= 2:
+        cell.source = f"#| classes: columns\n{cell.source}"
+
+
+def mend_links(cell) -> None:
+    """Of the links that nbdev makes: methods have no heading, so theirs lead to their class; arguments get none."""
+    if cell.cell_type == "markdown" and cell.source:
+        cell.source = METHOD_LINK.sub(r"\1)", cell.source)
+    for output in cell.get("outputs", []):
+        for line, text in enumerate(shown := output.get("data", {}).get("text/markdown", [])):
+            text = ITEM_NAMES.sub(lambda names: LINKED.sub(r"\1", names[0]), text)
+            shown[line] = METHOD_LINK.sub(r"\1)", text)
+
+
 def not_run(cell) -> str | None:
     """The mark of a code cell that a reader sees, and that has not run: why, as far as its text tells."""
     flags = cell.directives_
@@ -96,13 +132,125 @@ class mark_not_run(Processor):
                 self.nb.cells.insert(index + 1, mk_cell(f"::: {{.not-run}}\n{mark}\n:::", "markdown"))
 
 
+def item(names: str, text: str) -> str:
+    """An item of a list of arguments; `names` may be several, with commas between them."""
+    return f"- {', '.join(f'`{name}`' for name in names.replace('`', '').split(', '))}: {text}"
+
+
 def as_list(section: re.Match) -> str:
     """A section of a docstring as a list: `images: the pictures` becomes an item that begins with the name in code."""
     items = []
     for entry in re.split(r"\n(?= {4}\S)", section[2].rstrip()):
         names, _, text = " ".join(entry.split()).partition(": ")
-        items.append(f"- {', '.join(f'`{name}`' for name in names.split(', '))}: {text}")
+        items.append(item(names, text))
     return f"**{HEADINGS.get(section[1], section[1])}**\n\n" + "\n".join(items) + "\n\n"
+
+
+def with_lists(text: str, parameters: list[str]) -> str:
+    """A docstring in which `images: the pictures. size: in pixels.`, within a paragraph, has become a list."""
+    if not parameters:
+        return text
+    known = rf"`?(?:{'|'.join(parameters)})`?"
+    entry = re.compile(rf"(?:^|(?<=[.;)]) )({known}(?:, {known})*): ")
+    paragraphs, inside = [], False
+    for paragraph in text.split("\n\n"):
+        lead, *entries = entry.split(" ".join(paragraph.split()))
+        if not entries or paragraph.startswith(("- ", "|", "```", "**", "    ")):
+            paragraphs.append(paragraph)
+            inside = False
+            continue
+        items = list(zip(entries[::2], entries[1::2], strict=True))
+        *_, (names, said) = items
+        said, *after = SENTENCE_AFTER_ARGUMENTS.split(said, maxsplit=1)
+        items[-1] = (names, said)
+        lead = re.sub(r";$", ".", lead.strip())
+        paragraphs += [lead] if lead else []
+        paragraphs += [] if inside and not lead else ["**Arguments**"]
+        paragraphs += ["\n".join(item(*each) for each in items), *after]
+        inside = not after
+    return "\n\n".join(paragraphs)
+
+
+def source_of(name: str) -> tuple[str, ast.AST]:
+    """The source of what the package exports under a full name, as text and parsed; empty where there is none."""
+    _, path, _ = NbdevLookup()[name] or ("", "", "")
+    if path:
+        text = (get_config().lib_path.parent / path).read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            if getattr(node, "name", "") == name.rpartition(".")[2]:
+                return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]), node
+    return "", ast.Module([], [])
+
+
+def commented_fields(source: str) -> str:
+    """What the comments beside the fields of a class say of them, as a list."""
+    fields = re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE)
+    items = [item(name, comment) for name, comment in fields if not re.match(r"fmt:|noqa|type:", comment)]
+    return "**Fields**\n\n" + "\n".join(items) if items else ""
+
+
+def constants(tree: ast.AST) -> dict[str, str]:
+    """The parameters of a function, or of a class, whose default is written as a name; and the name."""
+    pairs = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (node is tree or node.name == "__init__"):
+            plain = [*node.args.posonlyargs, *node.args.args]
+            pairs += zip(plain[::-1], node.args.defaults[::-1], strict=False)
+            pairs += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    return {parameter.arg: ast.unparse(default) for parameter, default in pairs
+            if isinstance(default, ast.Name | ast.Attribute)}  # fmt: skip
+
+
+def shown_type(annotation) -> str:
+    """A type, without the modules that its parts come from."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    text = re.sub(r"ForwardRef\('([^']+)'\)|<class '([^']+)'>", lambda found: found[1] or found[2], text)
+    return re.sub(r"(?<![\w'.])(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", text.replace("~", ""))
+
+
+def shown_parameters(signature: inspect.Signature, names: dict[str, str]) -> list[str]:
+    """Each parameter with type and default; a long default by the name of the constant, or as an ellipsis."""
+    shown = []
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in shown):
+            shown.append("*")
+        text = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "") + name
+        typed = parameter.annotation is not parameter.empty
+        text += f": {shown_type(parameter.annotation)}" if typed else ""
+        if parameter.default is not parameter.empty:
+            value = getattr(parameter.default, "__name__", "") or repr(parameter.default)
+            if len(value) > LONGEST_DEFAULT or value.startswith("<"):
+                value = names.get(name, "…")
+            text += f" = {value}" if typed else f"={value}"
+        shown.append(text)
+    return shown
+
+
+def in_lines(head: str, parts: list[str], tail: str) -> str:
+    """A signature in one line if it is short, else with its parts between the brackets, in lines of one width."""
+    if len(line := f"{head}({', '.join(parts)}){tail}") <= SIGNATURE_WIDTH:
+        return line
+    lines = textwrap.wrap(" ".join(f"{part},".replace(" ", "\0") for part in parts), SIGNATURE_WIDTH - 4,
+                          break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    return "\n".join([f"{head}(", *(f"    {line}".replace("\0", " ") for line in lines), f"){tail}"])
+
+
+def shown_signature(sym, name: str, signature: inspect.Signature | None, names: dict[str, str]) -> str:
+    """How one calls a function or class; of a class that does not say, the bases."""
+    parameters = list(signature.parameters.values()) if signature else []
+    if isinstance(sym, type):
+        if all(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters):
+            return with_bases(sym, name)
+        return in_lines(f"class {name}", shown_parameters(signature, names), "")
+    returns = signature.return_annotation
+    tail = "" if returns is signature.empty else f" -> {shown_type(returns)}"
+    return in_lines(f"def {name}", shown_parameters(signature, names), tail)
+
+
+def with_bases(sym: type, name: str) -> str:
+    """The first line of a class."""
+    bases = [get_name(base) for base in sym.__bases__ if base is not object]
+    return in_lines(f"class {name}", bases, "") if bases else f"class {name}"
 
 
 def flag_table(config: type) -> str:
@@ -130,12 +278,18 @@ class Entry(BasicMarkdownRenderer):
             own = inspect.signature(sym.__init__, eval_str=True)
             sym.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
         super().__init__(sym, **options)
-        self.text, self.docs = SECTION.sub(as_list, self.docs).strip(), ""  # nbdev would set its first line in italics
-        if dataclasses.is_dataclass(sym) and (flags := flag_table(sym)):
-            bases = [base for base in map(get_name, sym.__bases__) if base != "object"]
-            inherited = f"\n\nBesides, the flags of {', '.join(f'`{base}`' for base in bases)}." if bases else ""
-            self.dm = f"class {self.nm}({', '.join(bases)})".replace("()", "")
-            self.text += f"\n\n{flags}{inherited}"
+        source, tree = source_of(self.fn)
+        self.dm = shown_signature(self.sym, self.nm, self.sig, constants(tree))
+        self.text = with_lists(SECTION.sub(as_list, self.docs), list(self.sig.parameters) if self.sig else []).strip()
+        self.docs = ""  # nbdev would set its first line in italics
+        if dataclasses.is_dataclass(sym) and any("help" in field.metadata for field in dataclasses.fields(sym)):
+            self.dm = with_bases(sym, self.nm)
+            named = ", ".join(f"`{get_name(base)}`" for base in sym.__bases__ if base is not object)
+            flags = flag_table(sym)
+            self.text += f"\n\n{flags}" if flags else ""
+            self.text += f"\n\n{'Besides, the' if flags else 'The'} flags of {named}." if named else ""
+        elif isinstance(sym, type) and (fields := commented_fields(source)):
+            self.text += f"\n\n{fields}"
 
     def _repr_markdown_(self) -> str:
         return f"{super()._repr_markdown_()}\n\n{self.text}"

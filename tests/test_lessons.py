@@ -82,6 +82,13 @@ def test_no_name_is_used_that_the_lesson_does_not_know(name):
     assert used - names_bound(tree) <= {*dir(builtins), "display", "get_ipython"}
 
 
+@pytest.mark.parametrize("path", [NBS / "index.ipynb", *PATHS], ids=lambda path: path.stem)
+def test_every_notebook_names_the_kernel_that_runs_it(path):
+    """Without it JupyterLab asks which one to take. `nbdev_clean` keeps this, under the name it gives."""
+    kernel = nbformat.read(path, as_version=4).metadata.get("kernelspec")
+    assert kernel == {"display_name": "python3", "language": "python", "name": "python3"}
+
+
 def test_there_are_lessons():
     assert len(NOTEBOOKS) >= 7
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NOTEBOOKS)
@@ -393,6 +400,15 @@ def test_a_lesson_says_how_long_it_takes(name):
     assert 0.65 <= reading_minutes(name) / minutes <= 1.75, f"{name}: {minutes:.0f} minutes by its words and lines"
     runs = r"Reading takes [^.]+\. The code (?:runs|needs|takes|trains) [^.]*(?:second|minute)s?[^.]* CPU cores?\b"
     assert re.search(runs, opening(name)), f"{name}: say after that how long the code runs, on how many cores"
+
+
+def test_the_index_calls_a_lesson_by_its_title():
+    """The whole title, or what stands before its colon."""
+    rows = re.findall(r"^\|[^|\n]*\| \[([^\]]+)\]\(([^)]+\.ipynb)\)", index_text(), re.MULTILINE)
+    assert len(rows) > 60
+    titles = {address: prose(Path(address).stem)[1].splitlines()[0].removeprefix("# ") for _, address in rows}
+    assert not [(shown, titles[address]) for shown, address in rows
+                if shown not in (titles[address], titles[address].partition(":")[0])]  # fmt: skip
 
 
 def test_the_index_says_the_minutes_that_the_lesson_says():

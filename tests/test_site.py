@@ -1,5 +1,6 @@
 """The sources of the site: processed as for Quarto, then read for what a reader would miss."""
 import ast
+import itertools
 import os
 import re
 import shutil
@@ -185,7 +186,7 @@ def test_every_exported_name_is_documented(pages):
 
 def test_reference_entries_show_signatures_and_sources_are_shown(pages):
     page = pages["workshop/72_figures"]
-    assert "rows:int" in entry(page, "make_grid") and "row by row" in entry(page, "make_grid")
+    assert "rows: int" in entry(page, "make_grid") and "row by row" in entry(page, "make_grid")
     assert any("def make_grid(" in cell.source for cell in code_cells(page))
 
 
@@ -194,6 +195,93 @@ def test_arguments_are_lists(pages):
     assert "**Arguments**\n\n- `images`: pictures as" in text and "\n- `cols`: images in a row, at most." in text
     for name, page in pages.items():
         assert not re.search(r"^(Args|Returns|Yields|Raises):$", markdown(page), re.MULTILINE), name
+
+
+SIGNATURE = re.compile(r"^### (.+)\n\n```python\n((?:.*\n)+?)```\n((?:.*\n?)*)", re.MULTILINE)
+
+
+def entries(pages: dict) -> list[tuple[str, str, str]]:
+    """Of every reference entry, page and name, the signature, and the text below it."""
+    texts = [("".join(output["data"]["text/markdown"]), f"{name}: ")
+             for name, page in pages.items() for cell in code_cells(page) if "show_doc(" in cell.source
+             for output in cell.outputs]  # fmt: skip
+    return [(where + match[1], match[2], match[3]) for text, where in texts if (match := SIGNATURE.search(text))]
+
+
+def test_arguments_of_one_paragraph_are_lists_too(pages):
+    """`images: the pictures. size: in pixels.` is short in a docstring, and hard to read on a page."""
+    known = entries(pages)
+    assert len(known) > 700
+    for name, signature, text in known:
+        named = "|".join(re.findall(r"\b(\w+)(?=: |=|,|\)$)", signature)) or "-"
+        said = "\n".join(line for line in text.splitlines() if not line.startswith(("- ", "|")))
+        said = re.sub(r"\s+", " ", said)
+        run_on = re.search(rf"(?:^ ?|[.;)] )(?:{named})(?:, (?:{named}))*: [^*]+", said)
+        assert not run_on, f"{name}: {run_on[0]}"
+    (source,) = [text for name, _, text in known if name == "workshop/77_sets: Source"]
+    assert source.count("\n- ") == 4, "what stands beside the fields of a class"
+
+
+def test_an_argument_is_no_link_to_a_function_of_its_name(pages):
+    for name, _, text in entries(pages):
+        assert not re.search(r"^- (?:`\w+`, )*\[`\w+`\]\([^)]*\)[,:]", text, re.MULTILINE), name
+
+
+def test_signatures_say_what_one_passes_and_nothing_of_the_machine(pages):
+    """A default may be the environment of whoever made the site, or a table: its name says more."""
+    for name, signature, _ in entries(pages):
+        assert "environ(" not in signature and not re.search(r"\bat 0x|<\w", signature), f"{name}: {signature[:200]}"
+        assert "*args" not in signature, f"{name}: a NamedTuple, exception or protocol has a form of its own"
+        assert all(len(line) <= 100 for line in signature.splitlines()), f"{name}: {signature[:400]}"
+        assert name.rpartition(" ")[2][0].islower() or signature.startswith("class "), signature
+    shown = {name: signature for name, signature, _ in entries(pages)}
+    assert "= HELD_OUT" in shown["miniature/26_miniature: score"]
+    assert shown["miniature/20_captions: Said"] == "class Said(attributes: Tensor, brief: Tensor)\n"
+    assert shown["workshop/61_commands: Terminated"] == "class Terminated(SystemExit)\n"
+    assert "environ(" not in "".join(map(markdown, pages.values()))
+
+
+def test_alt_text_stands_where_quarto_reads_it(pages):
+    """Quarto takes `#|` lines at the head of a cell, and none after `# @title Solution`."""
+    for name, page in pages.items():
+        for cell in code_cells(page):
+            head = list(itertools.takewhile(lambda line: line.startswith("#|"), cell.source.splitlines()))
+            late = [line for line in cell.source.splitlines()[len(head) :] if re.match(r"#\| *[\w-]+:", line)]
+            assert not late, f"{name}: {late}"
+            drawn = any("image/png" in output.get("data", {}) for output in cell.outputs)
+            described = any(line.startswith("#| fig-alt:") for line in head)
+            assert described or not drawn or name == "index", f"{name}: {cell.source[:200]}"
+
+
+def test_printed_tables_keep_their_columns(pages, site):
+    """The lines of a table do not wrap on a phone, those of a sentence do."""
+    cell = next(cell for cell in code_cells(pages["miniature/24_latent_diffusion"]) if any(
+        "down_blocks.1   (128, 128)" in "".join(output.get("text", "")) for output in cell.outputs))  # fmt: skip
+    assert options(cell)["classes"] == "columns"
+    marked = [cell for page in pages.values() for cell in code_cells(page) if "classes" in options(cell)]
+    assert 20 < len(marked) < sum(len(code_cells(page)) for page in pages.values()) / 4
+    css = re.sub(r"/\*.*?\*/", "", (site / "styles.css").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert re.search(r"\.columns \.cell-output-stdout > pre > code \{\s*white-space: pre;", css)
+
+
+def test_classes_that_the_styles_know_are_on_the_pages(pages, site):
+    text = "".join(map(markdown, pages.values())) + "".join((site / name).read_text("utf-8") for name in BESIDE)
+    assert all(f"::: {{.{name}}}" in text for name in ("flags", "glossary", "not-run"))
+    css = (site / "styles.css").read_text(encoding="utf-8")
+    assert all(f".{name}" in css for name in ("flags", "glossary", "not-run"))
+
+
+def visible(formula: str) -> int:
+    """About how many signs of a formula one sees."""
+    formula = re.sub(r"\\(?:left|right|[bB]ig|math\w+|text|operatorname|[lr]Vert|[!,;:])", "", formula)
+    return len(re.sub(r"[{}\s^_\\&]", "", re.sub(r"\\[a-zA-Z]+", "x", formula)))
+
+
+def test_two_formulas_stand_in_two_lines_unless_they_are_short(pages):
+    """A phone has room for about thirty signs; the rest would have to be scrolled into view."""
+    for name, page in pages.items():
+        for formula in re.findall(r"\$\$(.+?)\$\$", markdown(page), re.DOTALL):
+            assert "\\qquad" not in formula or visible(formula) <= 30, f"{name}: {formula}"
 
 
 def test_a_config_shows_its_flags_with_their_help(pages):
@@ -254,6 +342,9 @@ def test_what_serves_the_machinery_is_hidden(pages):
     for name, page in pages.items():
         code = "\n".join(cell.source for cell in page.cells if cell.cell_type == "code")
         assert "nbdev_export(" not in code and "%pip" not in code and "default_exp" not in code, name
+        for cell in code_cells(page):
+            lines = [line for line in cell.source.splitlines() if line and not line.startswith("#")]
+            assert not lines or not all(re.search(r"\.cleanup\(\)$|^os\.chdir\(", line) for line in lines), name
         assert name == "index" or re.search(r'^<a [^>]+><img src="\S+colab-badge.svg" alt="Open in Colab"></a>$',
                                             markdown(page), re.MULTILINE), name  # fmt: skip
 
@@ -290,6 +381,16 @@ def test_links_to_the_site_itself_lead_to_its_pages(pages, site, checkout):
     linked = {target for page in pages.values() for target in pattern.findall(markdown(page))}
     assert linked <= set(addresses(pages)) | {"", "try/index.html"}  # what `make web` lays out is no notebook
     assert "try/index.html" in linked and (checkout / "web/page/index.html").is_file()
+
+
+def test_links_to_entries_lead_to_headings(pages, site):
+    """nbdev has an address for each method, too; but only functions and classes have an entry."""
+    root = yaml.safe_load((site / "nbdev.yml").read_text())["website"]["site-url"]
+    places = {address: heading_ids(pages[name]) for address, name in addresses(pages).items()}
+    pattern = re.compile(rf"{re.escape(root)}/([^)#?\s\"]+)#([^)\s\"]+)")
+    links = {(name, *found) for name, page in pages.items() for found in pattern.findall(markdown(page))}
+    broken = [link for link in sorted(links) if link[1] in places and link[2] not in places[link[1]]]
+    assert len(links) > 100 and not broken
 
 
 def test_settings_and_places_in_links_to_the_page_that_draws_are_known_to_it(pages, checkout):

@@ -115,13 +115,16 @@ def bytes_held(tree: Any) -> dict[int, int]:
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def join_processes(environment: Mapping[str, str] = os.environ) -> bool:
+def join_processes(environment: Mapping[str, str] | None = None) -> bool:
     """Join the other processes that `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` speak of.
 
     Call it before JAX is asked for a device. Returns whether there are others; without the variables there are none.
     Raises InputError where some of them are missing or make no sense. On a cluster that JAX knows by itself (TPU pods,
     SLURM), `jax.distributed.initialize()` needs no variables.
+
+    environment: None reads the variables of this process.
     """
+    environment = os.environ if environment is None else environment
     given = {name: environment[name] for name in PROCESS_VARIABLES if environment.get(name)}
     if not given:
         return False
