@@ -48,7 +48,8 @@ def jax_words(model: Path | str, instance_dir: Path | str, output_dir: Path | st
 def jax_environment(cache: Path, devices: int = 1, **variables: str) -> dict[str, str]:
     """The environment of a process with so many CPU devices, which finds programs that others have compiled."""
     own = {name: value for name, value in os.environ.items() if name not in PROCESS_VARIABLES}
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
+    flags = (f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false "
+             "--xla_cpu_collective_call_terminate_timeout_seconds=300")  # a busy machine has the eight wait
     return own | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                   **variables}

@@ -67,7 +67,8 @@ print(json.dumps({
 
 def start(devices: int, weights: str, **variables: str) -> subprocess.Popen:
     """One process with so many devices of its own."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
+    flags = (f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false "
+             "--xla_cpu_collective_call_terminate_timeout_seconds=300")  # a busy machine has the eight wait
     environment = {name: value for name, value in os.environ.items() if name not in PROCESS_VARIABLES}
     environment |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **variables}
     return subprocess.Popen([sys.executable, "-c", PROGRAM, weights], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
