@@ -242,7 +242,9 @@ def pictures(folder: Path, name: str, made: Mapping[str, Any], lines: Sequence[L
     if sheets:  # of the subject and seed of which the most runs kept their pictures
         title, path = max(sheets, key=lambda title: sheets[title].height), folder / f"{name}-pictures.jpg"
         sheets[title].save(path, quality=92, subsampling=0)  # a quarter of the bytes of a PNG, colours in full
-        text = f"Pictures of table {name}, {title}: a row for each run, a column for each prompt"
+        text = (f"Pictures of table {name}, {title}. Above, real pictures of the subject, which belong to no column; "
+                "below, for each kind of run whose pictures were kept, two of the subject, one in each place, three "
+                "of the class")  # fmt: skip
         found.append((path, text, SEEN[name] if title == SEEN_IN else text))
     return found
 
@@ -320,6 +322,8 @@ def plot(made: Mapping[str, Any], name: str, constants: Constants, path: Path) -
         ax.set_title(column, fontsize=9)
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3)
+    if len(curves := axes[0][0].get_legend_handles_labels()[0]) > 1:  # below all: within, it would lie on a curve
+        figure.legend(handles=curves, fontsize=7, loc="outside lower center", ncols=len(curves))
     figure.savefig(path)
     plt.close(figure)
 
@@ -338,7 +342,6 @@ def plot_curves(ax: plt.Axes, made: Mapping[str, Any], rows: Sequence[Row], colu
         places = sorted({row.x for row in rows if row.x is not None})
         ax.set_xscale("log", base=2)
         ax.set_xticks(places, [f"{x:g}" for x in places])
-        ax.legend(fontsize=7)
 
 
 def plot_points(ax: plt.Axes, made: Mapping[str, Any], column: str, labelled: bool) -> None:
