@@ -4,7 +4,8 @@
 
 FOLDER then holds everything that the page needs, by relative addresses; any static server serves it. A page of before
 is replaced, a folder with anything else is refused. What is large is packed with gzip and unpacked by the page, because
-not every host packs on the way. `manifest.json` names each file with its size and fingerprint. `--check` compares the modules with the package, in Node.js.
+not every host packs on the way. `manifest.json` names each file with its size and fingerprint. `--check` compares the
+modules with the package, in Node.js.
 """
 import argparse
 import gzip
