@@ -96,7 +96,7 @@ async function fetchFile(base, file, store, arrived) {
   }
 }
 
-/** Drop what an earlier model left in the store. Other pages of the same host, as another copy of this one, keep theirs. */
+/** Drop what an earlier model left in the store. Other pages of the same host keep theirs. */
 async function forgetOthers(store, base, files) {
   const below = new URL(".", base).href;
   const wanted = new Set(files.map((file) => addressOf(base, file).href));
