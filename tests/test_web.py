@@ -2,9 +2,11 @@
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from diffusion_lessons import miniature
 from diffusion_lessons.dreambooth.adapters import load_adapter
@@ -26,7 +30,7 @@ TRIPLES = [("red", "butterfly", "snow"), ("blue", "fish", "sea"), ("purple", "be
            ("white", "flower", "night")]  # of the prompts in web/tests-browser  # fmt: skip
 
 
-def node(checkout: Path, *arguments: str, **environment: str | Path) -> str:
+def node(checkout: Path, *arguments: str | Path, **environment: str | Path) -> str:
     """Run Node.js in `web`; return what it printed."""
     variables = {name: str(value) for name, value in environment.items()}
     done = subprocess.run(["node", *arguments], cwd=checkout / "web", capture_output=True, text=True,
@@ -55,7 +59,7 @@ def manifest(built) -> dict:
 def test_what_the_modules_do_was_compared_with_the_package(built):
     passed, failed, skipped = (int(re.search(rf"^# {word} (\d+)$", built[1], re.M)[1])
                                for word in ("pass", "fail", "skipped"))  # fmt: skip
-    assert passed >= 49 and failed == skipped == 0
+    assert passed >= 54 and failed == skipped == 0
 
 
 def test_every_file_is_there_with_its_size_and_fingerprint(built, manifest):
@@ -140,10 +144,12 @@ def test_a_real_browser_draws_what_the_judge_reads(built, checkout, tmp_path):
     command = ["-m", "diffusion_lessons.dreambooth.training", "--preset", "quick", "--lora", "--output_dir", run]
     subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
     seen = checkout / "_web/seen"
-    said = node(checkout, "--test", "tests-browser/", WEB=built[0], OUT=seen, CHROMIUM=browser,
+    tests = sorted((checkout / "web/tests-browser").glob("*.test.mjs"))
+    options = ("--test", "--test-concurrency=1", "--test-reporter=tap")
+    said = node(checkout, *options, *tests, WEB=built[0], OUT=seen, CHROMIUM=browser,
                 ADAPTER=run / "pytorch_lora_weights.safetensors", FOREIGN=miniature.path() / "unet"
                 / "diffusion_pytorch_model.safetensors")  # fmt: skip
-    assert int(re.search(r"^# pass (\d+)$", said, re.M)[1]) >= 20 and "# skipped 0" in said
+    assert int(re.search(r"^# pass (\d+)$", said, re.M)[1]) >= 40 and "# skipped 0" in said
 
     drawn = json.loads((seen / "drawn.json").read_text())
     pictures = torch.stack([pixels(each) for each in drawn])
@@ -165,6 +171,39 @@ def test_a_real_browser_draws_what_the_judge_reads(built, checkout, tmp_path):
 def pixels(drawn: dict) -> torch.Tensor:
     """A picture of a canvas: uint8 (3, 64, 64)."""
     return torch.tensor(drawn["pixels"], dtype=torch.uint8).reshape(64, 64, 4)[..., :3].permute(2, 0, 1)
+
+
+def test_the_command_that_the_page_names_draws_the_picture_that_the_page_begins_with(checkout, tmp_path):
+    text = (checkout / "web/page/index.html").read_text(encoding="utf-8")
+    program, *arguments = shlex.split(re.search(r'<code id="command">(.+?)</code>', text, re.S)[1])
+    assert program == "generate-images"
+    fields = dict(re.findall(r'<input id="(\w+)" name="\w+"[^>]* value="([^"]+)"', text))
+    start = "from diffusion_lessons.dreambooth.drawing_config import generate_images; generate_images()"
+    command = [sys.executable, "-c", start, *arguments, "--output_dir", tmp_path]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    (file,) = tmp_path.rglob("*.png")
+    wanted = draw(miniature.load(), [fields["prompt"]], seed=int(fields["seed"]),
+                  num_inference_steps=int(fields["steps"]), guidance_scale=float(fields["guidance"]))  # fmt: skip
+    assert torch.equal(pil_to_tensor(Image.open(file)), wanted[0])
+
+
+def test_a_folder_with_something_else_is_not_replaced(checkout, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    command = [sys.executable, checkout / "web/build.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "holds something else" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_a_runtime_of_another_version_is_not_taken(checkout, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("web_build", checkout / "web/build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    monkeypatch.setattr(build, "RUNTIME", tmp_path)
+    assert not build.runtime_is_there()
+    for version, there in (("1.0.0", False), ("1.30.0", True)):
+        (tmp_path / "package.json").write_text(json.dumps({"version": version}))
+        assert build.runtime_is_there() is there
 
 
 def test_without_node_make_web_says_what_is_missing(checkout, tmp_path):

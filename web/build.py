@@ -2,9 +2,10 @@
 
     python web/build.py FOLDER [--check]
 
-FOLDER then holds everything that the page needs, by relative addresses; any static server serves it. What is large is
-packed with gzip and unpacked by the page, because not every host packs on the way. `manifest.json` names each file with
-its size and fingerprint. `--check` compares the modules with the package, in Node.js.
+FOLDER then holds everything that the page needs, by relative addresses; any static server serves it. A page of before
+is replaced, a folder with anything else is refused. What is large is packed with gzip and unpacked by the page, because
+not every host packs on the way. `manifest.json` names each file with its size and fingerprint. `--check` compares the
+modules with the package, in Node.js.
 """
 import argparse
 import gzip
@@ -23,7 +24,7 @@ from diffusion_lessons.miniature.model import KNOWN_WORDS
 from diffusion_lessons.pictures.meadow import COLOURS, KINDS, PLACES
 
 HERE = Path(__file__).resolve().parent
-RUNTIME = HERE / "node_modules/onnxruntime-web/dist"
+RUNTIME = HERE / "node_modules/onnxruntime-web"
 RUNTIME_MODULE = "ort.wasm.bundle.min.mjs"  # without threads a static host has to send no headers
 WEIGHTS = {
     "text_encoder": "text_encoder/model.safetensors",
@@ -47,7 +48,7 @@ def run(*command: str | Path, **environment: str | Path) -> None:
 def sources(graphs: Path) -> dict[str, tuple[str, Path]]:
     """What the page fetches: name to its place below the page's folder and the file it is made of."""
     model = miniature.path()
-    found = {"runtime": ("runtime/ort.wasm.gz", RUNTIME / "ort-wasm-simd-threaded.wasm"),
+    found = {"runtime": ("runtime/ort.wasm.gz", RUNTIME / "dist/ort-wasm-simd-threaded.wasm"),
              "tokenizer": ("model/tokenizer.json", model / "tokenizer/tokenizer.json"),
              "scheduler": ("model/scheduler_config.json", model / "scheduler/scheduler_config.json")}
     for name, weights in WEIGHTS.items():
@@ -65,12 +66,27 @@ def lay(source: Path, target: Path) -> dict[str, Any]:
     return {"bytes": len(packed), "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def runtime_is_there() -> bool:
+    """Whether npm has installed the runtime, in the version that package.json pins."""
+    if not (RUNTIME / "package.json").is_file():
+        return False
+    pinned = json.loads((HERE / "package.json").read_text(encoding="utf-8"))["dependencies"]["onnxruntime-web"]
+    return json.loads((RUNTIME / "package.json").read_text(encoding="utf-8"))["version"] == pinned
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise SystemExit for a folder that holds something other than a page of before."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "solver.js").is_file()):
+        raise SystemExit(f"{folder} holds something else, which would be lost: name a new folder, or an empty one")
+
+
 def build(folder: Path, graphs: Path) -> dict[str, Any]:
     """Write the whole page; returns its manifest."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(HERE / "page", folder)
     shutil.copytree(HERE / "licences", folder / "runtime")
-    shutil.copy(RUNTIME / RUNTIME_MODULE, folder / "runtime")
+    module = folder / "runtime" / RUNTIME_MODULE  # as .js: not every server knows that .mjs is JavaScript
+    shutil.copy(RUNTIME / "dist" / RUNTIME_MODULE, module.with_suffix(".js"))
     shutil.copy(HERE.parent / "nbs/butterfly.svg", folder)
     files = {name: {"path": place} | lay(source, folder / place) for name, (place, source) in sources(graphs).items()}
     manifest = {"files": files, "words": sorted(KNOWN_WORDS),
@@ -85,7 +101,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare what the page's modules do with the package")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if not RUNTIME.is_dir():
+    check_replaceable(folder)
+    if not runtime_is_there():
         run("npm", "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund")
     with tempfile.TemporaryDirectory() as temporary:
         graphs = Path(temporary)
@@ -93,7 +110,8 @@ def main() -> None:
         manifest = build(folder, graphs)
         if options.check:
             run(sys.executable, HERE / "cases.py", graphs / "cases.json")
-            run("node", "--test", "tests/", WEB=folder, GRAPHS=graphs, CASES=graphs / "cases.json")
+            tests = sorted((HERE / "tests").glob("*.test.mjs"))  # one by one: what a folder means changed in 22
+            run("node", "--test", "--test-reporter=tap", *tests, WEB=folder, GRAPHS=graphs, CASES=graphs / "cases.json")
     total = sum(file["bytes"] for file in manifest["files"].values())
     print(f"{folder}: {total / 1e6:.1f} MB over the wire; serve it with `python -m http.server -d {options.folder}`")
 

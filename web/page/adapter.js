@@ -46,6 +46,9 @@ function scaleOf(file, { part, alpha }, rank) {
   }
 }
 
+/** Height and width of a matrix, also as a convolution of one pixel; of other shapes none. */
+const sides = ([height, width, ...others] = []) => (others.every((side) => side === 1) ? [height, width] : []);
+
 /** The weight of a model that a layer belongs to; kohya writes `_` for every dot. */
 function findWeight(tensors, layer) {
   if (tensors.has(`${layer}.weight`)) return `${layer}.weight`;
@@ -65,17 +68,18 @@ export function readAdapter(buffer, models) {
     check(down && up, `its layer ${layer} has one of two matrices only; ${REMEDY}`);
     const { tensors } = models[part];
     const name = findWeight(tensors, layer);
-    const [rank, inputs] = file.tensors.get(down).shape;
-    const [outputs, rankUp] = file.tensors.get(up).shape;
-    const [height, width] = tensors.get(name)?.shape ?? [];
+    const [rank, inputs] = sides(file.tensors.get(down).shape);
+    const [outputs, rankUp] = sides(file.tensors.get(up).shape);
+    const [height, width] = sides(tensors.get(name)?.shape);
     check(
-      height === outputs && width === inputs && rank === rankUp,
+      rank > 0 && height === outputs && width === inputs && rank === rankUp,
       `it was made for another model (${part}.${layer}: ${outputs} × ${inputs} there, ` +
         `${height ? `${height} × ${width}` : "no such layer"} in the miniature); ${REMEDY}`,
     );
     const scale = scaleOf(file, entry, rank);
     const made = { down: file.numbers(down), up: file.numbers(up), rank, scale };
-    check([...made.down, ...made.up].every(Number.isFinite), `its layer ${layer} holds no numbers; it is damaged`);
+    const numbers = [scale, ...made.down, ...made.up];
+    check(numbers.every(Number.isFinite), `its layer ${layer} holds what is no number; it is damaged`);
     adapter[part].set(name, made);
   }
   return adapter;

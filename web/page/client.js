@@ -4,10 +4,11 @@ import { InputError } from "./errors.js";
 
 /** Asks the worker; every question has a number, by which its answer is known. */
 export class Client {
-  constructor() {
+  /** @param {() => void} lost is called when the worker has ended, or its model can no longer be trusted */
+  constructor(lost) {
+    this.lost = lost;
     this.waiting = new Map();
     this.asked = 0;
-    this.alive = true;
     this.worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
     this.worker.onmessage = ({ data }) => this.#answer(data);
     this.worker.onerror = (event) => this.#fail(event);
@@ -25,30 +26,34 @@ export class Client {
   }
 
   #answer({ id, event, result, error }) {
-    const { resolve, reject, told } = this.waiting.get(id);
-    if (event) return told(event);
+    const question = this.waiting.get(id);
+    if (!question) return; // given up meanwhile
+    if (event) return question.told(event);
     this.waiting.delete(id);
-    if (!error) return resolve(result);
+    if (!error) return question.resolve(result);
     const { input, message, lost } = error;
-    if (lost || !input) this.close(); // what the model's memory holds can no longer be trusted
-    return reject(input ? new InputError(message) : new Error(message));
+    const made = input ? new InputError(message) : new Error(message);
+    question.reject(made);
+    if (lost || !input) this.#giveUp(made); // what the model's memory holds can no longer be trusted
   }
 
-  /** End the worker; the next question needs another client. */
-  close() {
-    this.alive = false;
-    this.worker.terminate();
-  }
-
-  /** The worker itself has ended, or could not begin: everything that waits is told. */
+  /** The worker itself has ended, or could not begin. */
   #fail(event) {
     event.preventDefault();
-    this.close();
-    const error = new InputError(
-      `the part of this page that draws has stopped (${
-        event.message || "it could not be " + "loaded"
-      }); try again, or reload the page`,
+    const why = event.message || "it could not be loaded";
+    this.#giveUp(
+      new InputError(`the part of this page that draws has stopped (${why}); try again, or reload the page`),
     );
+  }
+
+  #giveUp(error) {
+    this.close(error);
+    this.lost();
+  }
+
+  /** End the worker: everything that waits is told why. The next question needs another client. */
+  close(error) {
+    this.worker.terminate();
     for (const { reject } of this.waiting.values()) reject(error);
     this.waiting.clear();
   }

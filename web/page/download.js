@@ -13,6 +13,13 @@ async function openStore() {
   }
 }
 
+/** Where a file lies: another model is another address. */
+function addressOf(base, file) {
+  const address = new URL(file.path, base);
+  address.search = `v=${file.sha256.slice(0, 16)}`;
+  return address;
+}
+
 /** All bytes of a response, telling `arrived` of each piece. */
 async function readAll(response, arrived) {
   const pieces = [];
@@ -45,26 +52,35 @@ async function checked(blob, { size, sha256: wanted }) {
   const buffer = await unpacked(blob);
   if (buffer.byteLength !== size) throw new Error(`${buffer.byteLength} of ${size} bytes`);
   const found = await sha256(buffer);
-  if (found && found !== wanted) throw new Error("its contents are not those that the page was made with");
+  if (found && found !== wanted) throw new Error("it is not what the page was made with, which a reload may mend");
   return buffer;
+}
+
+/** A file that the store has whole; null where it has not. What is damaged there is dropped. */
+async function kept(address, file, store) {
+  try {
+    const found = await store?.match(address);
+    return found ? await checked(await found.blob(), file) : null;
+  } catch {
+    await store.delete(address).catch(() => {});
+    return null;
+  }
 }
 
 /** One file: from the store if it is there and whole, else from the server. */
 async function fetchFile(base, file, store, arrived) {
-  const address = new URL(file.path, base);
-  address.search = `v=${file.sha256.slice(0, 16)}`; // another model is another address
-  const kept = await store?.match(address);
-  if (kept) {
-    try {
-      const buffer = await checked(await kept.blob(), file);
-      arrived(file.bytes);
-      return buffer;
-    } catch {
-      await store.delete(address); // damaged: fetched anew
-    }
+  const address = addressOf(base, file);
+  const before = await kept(address, file, store);
+  if (before) {
+    arrived(file.bytes);
+    return before;
   }
-  let loaded = 0;
-  const count = (bytes) => arrived(Math.min(bytes, file.bytes - loaded), (loaded += bytes));
+  let counted = 0;
+  const count = (bytes) => {
+    const more = Math.min(bytes, file.bytes - counted); // a server that unpacks on the way sends more than it says
+    counted += more;
+    arrived(more);
+  };
   try {
     const response = await fetch(address);
     if (!response.ok) throw new Error(`the server says ${response.status}`);
@@ -80,12 +96,24 @@ async function fetchFile(base, file, store, arrived) {
   }
 }
 
-/** Drop what an earlier model left in the store. */
+/** Drop what an earlier model left in the store. Other pages of the same host keep theirs. */
 async function forgetOthers(store, base, files) {
-  const wanted = new Set(files.map((file) => `${new URL(file.path, base)}?v=${file.sha256.slice(0, 16)}`));
+  const below = new URL(".", base).href;
+  const wanted = new Set(files.map((file) => addressOf(base, file).href));
   for (const request of (await store?.keys()) ?? []) {
-    if (!wanted.has(request.url)) await store.delete(request);
+    if (request.url.startsWith(below) && !wanted.has(request.url)) await store.delete(request);
   }
+}
+
+/** How many bytes there are to fetch, and whether this browser can keep them. @param files as for `fetchAll` */
+export async function outlook(base, files) {
+  const store = await openStore();
+  let missing = 0;
+  for (const file of Object.values(files)) {
+    const found = await store?.match(addressOf(base, file)).catch(() => null);
+    if (!found) missing += file.bytes;
+  }
+  return { missing, keeps: store !== null };
 }
 
 /** All files of the manifest, unpacked: names to ArrayBuffers.
@@ -100,6 +128,6 @@ export async function fetchAll(base, files, progress) {
   const arrived = (bytes) => progress((loaded += bytes), total);
   const buffers = {};
   for (const [name, file] of Object.entries(files)) buffers[name] = await fetchFile(base, file, store, arrived);
-  await forgetOthers(store, base, Object.values(files));
+  await forgetOthers(store, base, Object.values(files)).catch(() => {}); // costs room on a disk, no more
   return buffers;
 }

@@ -1,7 +1,7 @@
 // The drawing on the page: the strip that grows while it is drawn, the finished picture, and the scrubber.
 
 import { pictureFigure, showPixels } from "./pictures.js";
-import { say } from "./status.js";
+import { begin, say } from "./status.js";
 
 const STRIP = 8; // pictures in each row
 const find = (id) => document.getElementById(id);
@@ -9,6 +9,10 @@ const ROWS = ["seen-row", "guess-row"].map(find);
 
 /** A prompt as captions name it. */
 const named = (prompt) => (prompt.trim() ? `“${prompt.trim()}”` : "the empty prompt");
+
+/** What was asked for, as the caption says it. */
+const described = ({ prompt, seed, guidance, steps }) =>
+  `${named(prompt)}, seed ${seed}, guidance ${guidance}, ${steps} steps`;
 
 /** Shows one drawing at a time. */
 export class Drawing {
@@ -19,9 +23,9 @@ export class Drawing {
     this.shown = null; // { id, settings } of the drawing that the scrubber moves through
   }
 
-  /** Draw, and show it as it appears. */
-  async draw(settings) {
-    say("Drawing …");
+  /** Draw, and show it as it appears. @param {() => boolean} counts is this still what the reader wishes? */
+  async draw(counts, settings) {
+    begin("Drawing …");
     find("result").setAttribute("aria-busy", "true");
     ROWS.forEach((row) => row.replaceChildren());
     const began = performance.now();
@@ -32,33 +36,39 @@ export class Drawing {
     this.newest = id;
     try {
       const result = await answer;
-      if (!result) return; // another drawing has begun
+      if (!result) {
+        if (id === this.newest) this.forget(); // an experiment has begun: of this drawing there are no steps
+        return;
+      }
       this.shown = { id, settings };
       this.#finish(result.pixels, settings);
-      say(`Drawn in ${((performance.now() - began) / 1000).toFixed(1)} seconds.`);
+      if (counts()) say(`Drawn in ${((performance.now() - began) / 1000).toFixed(1)} seconds.`);
       await this.scrub();
     } finally {
-      find("result").removeAttribute("aria-busy");
+      if (id === this.newest) find("result").removeAttribute("aria-busy");
     }
   }
 
   /** A step into the strip, and its guess as the picture so far. */
-  #grow({ step, timestep, seen, guess }, { steps }) {
-    const when = `step ${step + 1} of ${steps}`;
+  #grow({ step, timestep, seen, guess }, settings) {
+    const when = `step ${step + 1} of ${settings.steps}`;
     showPixels(find("picture"), guess, `the guess at ${when}`);
+    find("caption").textContent = `${described(settings)}: the guess at ${when}`;
     ROWS[0].append(pictureFigure(seen, `${timestep}`, `what the network saw at ${when}`));
     ROWS[1].append(pictureFigure(guess, `${step + 1}`, `what it guessed at ${when}`));
   }
 
-  #finish(pixels, { prompt, seed, guidance, steps }) {
+  #finish(pixels, settings) {
+    const { prompt, steps } = settings;
     showPixels(find("picture"), pixels, `a picture drawn for ${named(prompt)}`);
-    find("caption").textContent = `${named(prompt)}, seed ${seed}, guidance ${guidance}, ${steps} steps`;
+    find("caption").textContent = described(settings);
     Object.assign(find("step"), { max: steps, value: steps });
     find("scrub").hidden = false;
   }
 
   /** One step of the drawing, large: what the network saw, and what it guessed. */
   async scrub() {
+    if (!this.shown) return;
     const step = Number(find("step").value) - 1;
     const frame = await this.session.ask("scrub", { drawing: this.shown.id, step }).answer;
     if (!frame || step !== Number(find("step").value) - 1) return; // moved on meanwhile

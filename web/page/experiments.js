@@ -15,14 +15,15 @@ export function otherColours(prompt, colours) {
   }));
 }
 
-/** One after the other into a list; ends early when another drawing was asked for. */
+/** One after the other into a list. Returns false when it ends early, because something else was wished. */
 async function inTurn(list, items, drawOne) {
   list.replaceChildren();
   for (const item of items) {
     const figure = await drawOne(item);
-    if (!figure) return;
+    if (!figure) return false;
     list.append(figure);
   }
+  return true;
 }
 
 /** One seed, one prompt, guidance from 1 to 10. */
@@ -44,7 +45,10 @@ export function changeOneWord(list, settings, colours, draw) {
 }
 
 /** The mean share of attention of each word at 8 × 8 places of the picture. */
-export function showLooks(list, { pixels, looked, pieces }) {
+export async function showLooks(list, settings, draw) {
+  const made = await draw(settings);
+  if (!made) return false;
+  const { pixels, looked, pieces } = made;
   const tokens = looked.length / 64;
   list.replaceChildren(pictureFigure(pixels, "the picture"));
   pieces.forEach((piece, index) => {
@@ -54,4 +58,5 @@ export function showLooks(list, { pixels, looked, pieces }) {
       pictureFigure(lit(pixels, shares), `${piece}, ${most}`, `${piece}: ${most} of the attention of a place`),
     );
   });
+  return true;
 }

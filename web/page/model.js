@@ -24,9 +24,13 @@ export function checkSettings(settings) {
   }
 }
 
-/** Memory that the browser does not give is no fault of the page. */
+/** What the browser does not give, memory or leave to compile, is no fault of the page. */
 function explained(error) {
   const said = `${error?.message ?? error}`;
+  if (/Content Security Policy/i.test(said)) {
+    const told = "the server that sends this page forbids it WebAssembly: its policy lacks 'wasm-unsafe-eval'";
+    return Object.assign(new InputError(told), { lost: true });
+  }
   if (error instanceof RangeError || /memory|bad_alloc|OOM|allocat/i.test(said)) {
     const told =
       "the browser gave this page too little memory (it needs about 300 MB); close other tabs, and try again";

@@ -1,33 +1,20 @@
 // The page: what each control does.
 
-import { InputError } from "./errors.js";
-import { changeOneWord, compareGuidance, showLooks } from "./experiments.js";
-import { captionNotes } from "./notes.js";
+import { AdapterPanel } from "./adapter-panel.js";
+import { outlook } from "./download.js";
 import { Drawing } from "./drawing.js";
+import { InputError, check } from "./errors.js";
+import { changeOneWord, compareGuidance, showLooks } from "./experiments.js";
+import { settings, takeFromAddress } from "./form.js";
+import { captionNotes } from "./notes.js";
 import { element } from "./pictures.js";
 import { Session, loadManifest } from "./session.js";
-import { safely, say, sayFault } from "./status.js";
+import { begin, safely, say, sayFault } from "./status.js";
 
 const find = (id) => document.getElementById(id);
 const form = find("draw");
 const on = (target, kind, action) => target.addEventListener(kind, safely(action));
-const FIELDS = ["prompt", "seed", "guidance", "steps"];
-
-let chosen = null; // the adapter that pictures are drawn with, read again when its strength changes
-
-/** What stands in the form. The worker checks the numbers. */
-function settings() {
-  const [prompt, ...numbers] = FIELDS.map((name) => form.elements[name].value);
-  const [seed, guidance, steps] = numbers.map((text) => (text.trim() === "" ? NaN : Number(text)));
-  return { prompt, seed, guidance, steps };
-}
-
-/** Settings in the address, so that lessons can link to them: ?prompt=…&seed=…&guidance=…&steps=… */
-function takeFromAddress() {
-  for (const [name, value] of new URLSearchParams(location.search)) {
-    if (FIELDS.includes(name)) form.elements[name].value = value;
-  }
-}
+const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
 
 /** The numbers beside the sliders. */
 function showNumbers() {
@@ -36,46 +23,53 @@ function showNumbers() {
 
 /** What is odd about the prompt, as the command says it. */
 function showNotes(prompt) {
-  const notes = captionNotes(prompt, session.tokenizer, chosen ? null : known);
+  const notes = captionNotes(prompt, session.tokenizer, adapters.chosen ? null : known);
   if (!prompt.trim()) notes.push("the prompt is empty; the miniature draws whatever the noise suggests");
-  find("notes").replaceChildren(...notes.map((note) => element("li", `Note: ${note}.`)));
+  const lines = notes.map((note) => `Note: ${note}.`);
+  if ([...find("notes").children].map((each) => each.textContent).join() === lines.join()) return; // read out already
+  find("notes").replaceChildren(...lines.map((line) => element("li", line)));
+}
+
+/** What a click on the button will load. */
+async function showSize() {
+  const { missing, keeps } = await outlook(import.meta.url, manifest.files);
+  const size = `${megabytes(missing)} MB are loaded`;
+  const once = keeps ? `Once, ${size}, and kept in this browser.` : `${size}.`;
+  find("size").textContent = missing ? once : "The model is in this browser already, from an earlier visit.";
 }
 
 /** Draw what the form says. */
 async function draw() {
+  const counts = session.wish();
   await session.ready();
+  if (!counts()) return;
   const wanted = settings();
   showNotes(wanted.prompt);
-  await drawing.draw(wanted);
+  await drawing.draw(counts, wanted);
 }
 
-/** Say with which adapter pictures are drawn; null: with none. */
-function showAdapter(file, layers) {
-  chosen = file;
-  find("adapter-name").textContent = file ? `Drawing with ${file.name} (${layers} layers).` : "";
-  find("adapter-off").hidden = !file;
-  if (!file) find("adapter-file").value = "";
-}
-
-/** Draw with the adapter in a file, or with null without. */
-async function adapt(file) {
+/** Draw an experiment into its list. */
+async function experiment(name) {
+  const counts = session.wish();
   await session.ready();
-  say(file ? `Reading ${file.name} …` : "Taking the adapter off …");
-  const strength = Number(find("strength").value);
-  try {
-    const { answer } = session.ask("adapt", { file: await file?.arrayBuffer(), strength });
-    showAdapter(file, await answer);
-  } catch (error) {
-    if (error instanceof InputError && file) error.message = `the file ${file.name} cannot be used: ${error.message}`;
-    throw error;
-  }
-  await draw();
+  if (!counts()) return;
+  begin("Drawing …");
+  const list = find(`${name}-pictures`);
+  if (await EXPERIMENTS[name](list, settings(), (wanted) => session.draw(counts, wanted))) say("Drawn.");
+}
+
+/** Wait for a change of the adapter, and draw with it. */
+async function adapt(change) {
+  if (await change) await draw();
 }
 
 /** A listing of a module below its summary, fetched when it is opened. */
-async function showSource({ currentTarget: details }) {
+async function showSource(details) {
   const code = details.querySelector("code");
-  if (details.open && !code.textContent) code.textContent = await (await fetch(details.dataset.source)).text();
+  if (!details.open || code.textContent) return;
+  const response = await fetch(details.dataset.source).catch(() => null);
+  if (!response?.ok) throw new InputError(`${details.dataset.source} could not be loaded; open the listing again`);
+  code.textContent = await response.text();
 }
 
 const manifest = await loadManifest().catch((error) => {
@@ -83,24 +77,35 @@ const manifest = await loadManifest().catch((error) => {
   throw error;
 });
 const known = new Set(manifest.words);
-const session = new Session(manifest, () => {
-  drawing.forget();
-  showAdapter(null);
+const total = Object.values(manifest.files).reduce((sum, { bytes }) => sum + bytes, 0);
+const session = new Session(manifest.files, {
+  loading() {
+    begin("Loading the model …");
+    find("progress").hidden = false;
+  },
+  arrived(bytes) {
+    find("bar").value = bytes / total;
+    find("bytes").textContent = `${megabytes(bytes)} of ${megabytes(total)} MB`;
+  },
+  loaded(error) {
+    find("progress").hidden = true;
+    if (error) return;
+    find("go").textContent = "Draw";
+    find("size").hidden = true;
+  },
+  forgotten() {
+    drawing.forget();
+    adapters.forget();
+  },
 });
 const drawing = new Drawing(session);
-
-const drawOne = (wanted) => session.ask("draw", wanted).answer; // null when something else was asked for meanwhile
+const adapters = new AdapterPanel(session);
 const EXPERIMENTS = {
-  "guidance-experiment": (list) => compareGuidance(list, settings(), drawOne),
-  "word-experiment": (list) => changeOneWord(list, settings(), manifest.attributes.colours, drawOne),
-  "look-experiment": async (list) => {
-    const result = await drawOne(settings());
-    if (result) showLooks(list, result);
-  },
+  "guidance-experiment": compareGuidance,
+  "word-experiment": (list, wanted, drawOne) => changeOneWord(list, wanted, manifest.attributes.colours, drawOne),
+  "look-experiment": showLooks,
 };
 
-takeFromAddress();
-showNumbers();
 for (const [name, words] of Object.entries(manifest.attributes)) find(name).textContent = words.join(", ");
 on(form, "submit", draw);
 form.addEventListener("input", showNumbers);
@@ -115,35 +120,25 @@ for (const button of document.querySelectorAll("[data-prompt]")) {
   });
 }
 on(find("step"), "input", () => drawing.scrub());
-for (const [name, experiment] of Object.entries(EXPERIMENTS)) {
-  on(find(name), "click", async () => {
-    await session.ready();
-    say("Drawing …");
-    await experiment(find(`${name}-pictures`));
-    say("Drawn.");
-  });
-}
-on(
-  find("adapter-file"),
-  "change",
-  ({
-    target: {
-      files: [file],
-    },
-  }) => file && adapt(file),
-);
+for (const name of Object.keys(EXPERIMENTS)) on(find(name), "click", () => experiment(name));
+on(find("adapter-file"), "change", ({ target }) => target.files.length && adapt(adapters.use(target.files[0])));
 on(find("strength"), "input", showNumbers);
-on(find("strength"), "change", () => chosen && adapt(chosen));
-on(find("adapter-off"), "click", () => adapt(null));
+on(find("strength"), "change", () => adapt(adapters.strengthen()));
+on(find("adapter-off"), "click", () => adapt(adapters.takeOff()));
 on(find("drop"), "dragover", () => {});
-on(
-  find("drop"),
-  "drop",
-  ({
-    dataTransfer: {
-      files: [file],
-    },
-  }) => file && adapt(file),
-);
-for (const details of document.querySelectorAll("details[data-source]")) on(details, "toggle", showSource);
+on(find("drop"), "drop", ({ dataTransfer }) => {
+  check(dataTransfer.files.length, "what was dropped is no file");
+  return adapt(adapters.use(dataTransfer.files[0]));
+});
+for (const details of document.querySelectorAll("details[data-source]")) {
+  on(details, "toggle", () => showSource(details));
+}
+try {
+  takeFromAddress(location.href);
+} catch (error) {
+  sayFault(error);
+}
+showNumbers();
+await showSize();
+find("go").disabled = false;
 document.documentElement.dataset.ready = ""; // everything answers from here on

@@ -18,11 +18,11 @@ export function element(name, text = "", attributes = {}) {
   return made;
 }
 
-/** A picture with a caption: a figure. @param {Uint8ClampedArray} pixels null for a place that is kept free */
+/** A picture with a caption: a figure. */
 export function pictureFigure(pixels, caption, alt = caption) {
   const figure = element("figure");
   const canvas = element("canvas");
-  if (pixels) showPixels(canvas, pixels, alt);
+  showPixels(canvas, pixels, alt);
   figure.append(canvas, element("figcaption", caption));
   return figure;
 }

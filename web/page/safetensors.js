@@ -29,7 +29,8 @@ function widenBrain(uppers) {
 
 /** A tensor in a file: its format, its shape, and where its bytes lie behind the header. */
 function checkedEntry(name, entry, room) {
-  const { dtype, shape, data_offsets: [first, end] = [] } = entry ?? {};
+  const { dtype, shape, data_offsets: offsets } = entry ?? {};
+  const [first, end] = Array.isArray(offsets) ? offsets : [];
   const whole = Array.isArray(shape) && shape.every((side) => Number.isSafeInteger(side) && side >= 0);
   check(whole && first >= 0 && first <= end && end <= room, `the tensor ${name} lies outside the file`);
   const count = shape.reduce((product, side) => product * side, 1);

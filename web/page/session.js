@@ -2,16 +2,12 @@
 
 import { Client } from "./client.js";
 import { InputError, check } from "./errors.js";
-import { say } from "./status.js";
 import { Tokenizer } from "./tokenizer.js";
-
-const find = (id) => document.getElementById(id);
-const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
 
 /** What there is to load. Throws an InputError where the server does not give it. */
 export async function loadManifest() {
   try {
-    const response = await fetch("manifest.json");
+    const response = await fetch("manifest.json", { cache: "no-cache" }); // an old one names weights that are gone
     check(response.ok, `the server says ${response.status}`);
     return await response.json();
   } catch (error) {
@@ -21,21 +17,24 @@ export async function loadManifest() {
 
 /** The worker with its model, behind one question: `ask`. */
 export class Session {
-  /** @param manifest what there is to load  @param {() => void} forgotten is called when a model had to be given up */
-  constructor(manifest, forgotten) {
-    Object.assign(this, { manifest, forgotten, client: null, loading: null, tokenizer: null });
-    this.total = Object.values(manifest.files).reduce((sum, { bytes }) => sum + bytes, 0);
-    find("size").textContent = `Once, ${megabytes(this.total)} MB are loaded, and kept in this browser.`;
+  /** @param files of the manifest
+   * @param events `loading()`, `arrived(bytes)` and `loaded(error)` on the way to a model, and `forgotten()` when one
+   * had to be given up
+   */
+  constructor(files, events) {
+    Object.assign(this, { files, events, client: null, opening: null, tokenizer: null, wishes: 0 });
+  }
+
+  /** The reader wishes something: what they wished before stops. Returns a function: does this wish still count? */
+  wish() {
+    const mine = ++this.wishes;
+    return () => mine === this.wishes;
   }
 
   /** Wait for the model. After a failure the next call tries again. */
   ready() {
-    if (this.client && !this.client.alive) this.#forget();
-    this.loading ??= this.#load().catch((error) => {
-      this.#forget();
-      throw error;
-    });
-    return this.loading;
+    this.opening ??= this.#open();
+    return this.opening;
   }
 
   /** Ask the worker, which has its model already: see `Client.ask`. */
@@ -43,26 +42,29 @@ export class Session {
     return this.client.ask(kind, payload, told);
   }
 
-  async #load() {
-    this.client = new Client();
-    find("progress").hidden = false;
-    say("Loading the model …");
+  /** Draw for a wish: { pixels, looked, pieces }, or null once the wish counts no longer. */
+  async draw(counts, settings) {
+    const made = counts() ? await this.ask("draw", settings).answer : null;
+    return counts() ? made : null;
+  }
+
+  async #open() {
+    this.events.loading();
     try {
-      await this.ask("load", { files: this.manifest.files }, ({ loaded }) => {
-        find("bar").value = loaded / this.total;
-        find("bytes").textContent = `${megabytes(loaded)} of ${megabytes(this.total)} MB`;
-      }).answer;
-      this.tokenizer = new Tokenizer(await (await fetch(this.manifest.files.tokenizer.path)).json());
-    } finally {
-      find("progress").hidden = true;
+      this.client = new Client(() => this.#forget());
+      const told = ({ loaded }) => this.events.arrived(loaded);
+      this.tokenizer = new Tokenizer(await this.ask("load", { files: this.files }, told).answer);
+    } catch (error) {
+      this.client?.close(error);
+      this.#forget();
+      this.events.loaded(error);
+      throw error;
     }
-    find("go").textContent = "Draw";
-    find("size").hidden = true;
+    this.events.loaded(null);
   }
 
   #forget() {
-    this.client.close();
-    [this.client, this.loading] = [null, null];
-    this.forgotten();
+    [this.client, this.opening] = [null, null];
+    this.events.forgotten();
   }
 }

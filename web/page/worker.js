@@ -23,17 +23,21 @@ const pause = () =>
 
 /** ONNX Runtime, with the WebAssembly that has been fetched already. */
 async function openRuntime(binary) {
-  const ort = await import("./runtime/ort.wasm.bundle.min.mjs");
+  const ort = await import("./runtime/ort.wasm.bundle.min.js").catch((error) => {
+    throw new InputError(`the runtime could not be loaded (${error.message}); look at your connection and try again`);
+  });
   ort.env.wasm.wasmBinary = binary;
   ort.env.wasm.numThreads = 1; // more would need headers that a static host does not send
   return ort;
 }
 
-/** Fetch everything and open the model. */
+/** Fetch everything and open the model; returns its tokenizer.json, which the page reads prompts with, too. */
 async function load({ files }, tell) {
-  const served = globalThis.WebAssembly?.validate(WITH_SIMD);
-  check(served, `this browser has no WebAssembly with SIMD, which the model needs; ${CURRENT}`);
-  const buffers = await fetchAll(import.meta.url, files, (loaded, total) => tell({ loaded, total }));
+  check(
+    globalThis.WebAssembly?.validate(WITH_SIMD),
+    `this browser has no WebAssembly with SIMD, which the model needs; ${CURRENT}`,
+  );
+  const buffers = await fetchAll(import.meta.url, files, (loaded) => tell({ loaded }));
   const json = (name) => JSON.parse(new TextDecoder().decode(buffers[name]));
   const part = (name) => ({ graph: new Uint8Array(buffers[`${name}.onnx`]), weights: buffers[`${name}.safetensors`] });
   model = await Miniature.open(await openRuntime(buffers.runtime), {
@@ -43,6 +47,7 @@ async function load({ files }, tell) {
     unet: part("unet"),
     vae_decoder: part("vae_decoder"),
   });
+  return json("tokenizer");
 }
 
 /** What the network saw at a step and what it guessed, as pixels. */
@@ -100,7 +105,7 @@ self.onmessage = ({ data: { id, kind, payload } }) => {
       const result = await ANSWERS[kind]({ ...payload, id }, (event) => self.postMessage({ id, event }));
       self.postMessage({ id, result });
     } catch (error) {
-      const { message, lost = false } = error;
+      const { message = `${error}`, lost = false } = error; // WebAssembly may throw a bare number
       self.postMessage({ id, error: { message, lost, input: error instanceof InputError } });
     }
   });

@@ -12,7 +12,7 @@ const cases = JSON.parse(readFileSync(process.env.CASES));
 const load = (name) => import(new URL(name, web));
 const manifest = JSON.parse(readFileSync(new URL("manifest.json", web)));
 const { readAdapter } = await load("adapter.js");
-const { fetchAll } = await load("download.js");
+const { fetchAll, outlook } = await load("download.js");
 const { InputError } = await load("errors.js");
 const { Generator } = await load("generator.js");
 const { Miniature, checkSettings } = await load("model.js");
@@ -20,7 +20,7 @@ const { captionNotes } = await load("notes.js");
 const { Safetensors } = await load("safetensors.js");
 const { Solver } = await load("solver.js");
 const { Tokenizer } = await load("tokenizer.js");
-const ort = await load("runtime/ort.wasm.bundle.min.mjs");
+const ort = await load("runtime/ort.wasm.bundle.min.js");
 ort.env.wasm.numThreads = 1;
 
 const unpack = (name) => {
@@ -166,6 +166,7 @@ describe("model", () => {
       { guidance: 0.5 },
       { guidance: NaN },
       { guidance: 21 },
+      { seed: 2 ** 53 },
     ]) {
       assert.throws(() => checkSettings({ ...good, ...wrong }), InputError, JSON.stringify(wrong));
     }
@@ -212,19 +213,52 @@ describe("model", () => {
       }
     }
   });
-  test("says in words that there is too little memory", async () => {
-    const short = {
-      ...ort,
-      InferenceSession: {
-        create: async () => {
-          throw new RangeError("no room");
-        },
-      },
-    };
-    await assert.rejects(
-      Miniature.open(short, files()),
-      (error) => error instanceof InputError && /memory/.test(error.message),
-    );
+  for (const [thrown, word] of [
+    [new RangeError("no room"), /too little memory/],
+    [new Error("Aborted(CompileError: … violates the following Content Security policy …)"), /wasm-unsafe-eval/],
+  ]) {
+    test(`says in words what the browser refuses: ${word.source}`, async () => {
+      const create = async () => {
+        throw thrown;
+      };
+      await assert.rejects(
+        Miniature.open({ ...ort, InferenceSession: { create } }, files()),
+        (error) => error instanceof InputError && error.lost && word.test(error.message),
+      );
+    });
+  }
+
+  /** An adapter of one layer: its matrices as given. */
+  function oneLayer(layer, tensors) {
+    let first = 0;
+    const entries = Object.entries(tensors).map(([side, { shape, values }]) => {
+      const data_offsets = [first, (first += 4 * values.length)];
+      return [`lora_unet_${layer.replaceAll(".", "_")}${side}`, { dtype: "F32", shape, data_offsets }];
+    });
+    const header = Buffer.from(JSON.stringify(Object.fromEntries(entries)));
+    const length = Buffer.alloc(8);
+    length.writeBigUInt64LE(BigInt(header.length));
+    const numbers = Object.values(tensors).flatMap(({ values }) => values);
+    return new Uint8Array(Buffer.concat([length, header, Buffer.from(Float32Array.from(numbers).buffer)])).buffer;
+  }
+  const filled = (...shape) => ({ shape, values: Array(shape.reduce((product, side) => product * side, 1)).fill(0.1) });
+
+  test("refuses an adapter of convolutions, which it cannot add, and one whose scale is no number", () => {
+    const [wide, [height, width]] = ["conv_in", model.networks.unet.file.tensors.get("conv_in.weight").shape];
+    const convolution = { ".lora_down.weight": filled(2, width, 3, 3), ".lora_up.weight": filled(height, 2, 1, 1) };
+    assert.throws(() => readAdapter(oneLayer(wide, convolution), parts()), /another model/);
+
+    const name = [...model.networks.unet.file.tensors.keys()].find((each) => each.endsWith("to_q.weight"));
+    const [rows, columns] = model.networks.unet.file.tensors.get(name).shape;
+    const matrices = { ".lora_down.weight": filled(2, columns), ".lora_up.weight": filled(rows, 2) };
+    const layer = name.replace(/\.weight$/, "");
+    assert.equal(readAdapter(oneLayer(layer, matrices), parts()).unet.size, 1);
+    for (const alpha of [
+      { shape: [], values: [NaN] },
+      { shape: [0], values: [] },
+    ]) {
+      assert.throws(() => readAdapter(oneLayer(layer, { ...matrices, ".alpha": alpha }), parts()), /no number/);
+    }
   });
 });
 
@@ -249,6 +283,15 @@ describe("safetensors", () => {
     assert.deepEqual(Array.from(file.numbers("a")), [1.5, -2]);
     assert.deepEqual(Array.from(file.numbers("b")), [1, -2.5]);
     assert.deepEqual(Array.from(file.numbers("c")), [1, -2.5]);
+  });
+  test("refuses places that are none in words", () => {
+    for (const data_offsets of [5, null, "04", [], [0], [-4, 0], [0, 8]]) {
+      const header = Buffer.from(JSON.stringify({ a: { dtype: "F32", shape: [1], data_offsets } }));
+      const whole = new Uint8Array(8 + header.length + 4);
+      whole[0] = header.length;
+      whole.set(header, 8);
+      assert.throws(() => new Safetensors(whole.buffer), InputError, JSON.stringify(data_offsets));
+    }
   });
 });
 
@@ -294,11 +337,52 @@ describe("download", () => {
     browser(answer);
     delete globalThis.caches;
     assert.ok((await fetchAll(base, served, () => {})).tokenizer);
+    assert.equal((await outlook(base, served)).keeps, false);
   });
-  test("takes what a server has unpacked on the way", async () => {
-    browser((bytes, path) => answer(path.endsWith(".gz") ? gunzipSync(bytes) : bytes));
-    const found = await fetchAll(base, served, () => {});
+  test("takes what a server has unpacked on the way, and never tells more than all, nor less than before", async () => {
+    const inPieces = (bytes) => {
+      const pieces = Array.from({ length: Math.ceil(bytes.length / 1000) }, (_, i) =>
+        bytes.subarray(1000 * i, 1000 * (i + 1)),
+      );
+      return answer(ReadableStream.from(pieces));
+    };
+    browser((bytes, path) => inPieces(path.endsWith(".gz") ? gunzipSync(bytes) : bytes));
+    const told = [];
+    const found = await fetchAll(base, served, (loaded, total) => told.push(loaded / total));
     assert.deepEqual(Buffer.from(found["text_encoder.onnx"]), Buffer.from(unpack("text_encoder.onnx")));
+    assert.ok(told.every((share, i) => share <= 1 && (i === 0 || share >= told[i - 1])));
+    assert.equal(told.at(-1), 1);
+  });
+  test("fetches of a newer model only what has changed, and leaves other pages of the host alone", async () => {
+    const { kept, asked } = browser(answer);
+    const before = { ...served, tokenizer: { ...served.tokenizer, sha256: "0".repeat(64) } };
+    await assert.rejects(
+      fetchAll(base, before, () => {}),
+      /a reload may mend/,
+    );
+    assert.equal((await outlook(base, served)).missing, served.tokenizer.bytes + served["text_encoder.onnx"].bytes);
+    await fetchAll(base, { "text_encoder.onnx": served["text_encoder.onnx"] }, () => {});
+    const others = ["https://example.org/copy/try/model/unet.gz?v=0", "https://example.org/try.html"];
+    for (const other of others) kept.set(other, new Response("kept"));
+    kept.set(`${base.href}model/tokenizer.json?v=0`, new Response("old"));
+    asked.length = 0;
+    assert.deepEqual(await outlook(base, served), { missing: served.tokenizer.bytes, keeps: true });
+    await fetchAll(base, served, () => {});
+    assert.equal(asked.length, 1);
+    assert.deepEqual(await outlook(base, served), { missing: 0, keeps: true });
+    assert.ok(others.every((other) => kept.has(other)) && !kept.has(`${base.href}model/tokenizer.json?v=0`));
+  });
+  test("a store that fails costs the next visit time, no more", async () => {
+    browser(answer);
+    const fails = async () => {
+      throw new Error("the disk is full");
+    };
+    for (const broken of ["match", "put", "delete", "keys"]) {
+      const store = await caches.open();
+      globalThis.caches = { open: async () => ({ ...store, [broken]: fails }) };
+      assert.ok((await fetchAll(base, served, () => {})).tokenizer, broken);
+      await outlook(base, served);
+    }
   });
   for (const [name, change] of Object.entries({
     "cut in the middle": (bytes) => answer(bytes.subarray(0, bytes.length / 2)),

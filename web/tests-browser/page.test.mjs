@@ -1,22 +1,13 @@
-// The page in a real browser. WEB is a folder that `web/build.py` has laid out, OUT where pictures and screenshots go,
-// ADAPTER an adapter that was trained on the miniature, CHROMIUM the browser.
+// The page in a real browser: what it draws, what it says of bad input, how it looks. ADAPTER is an adapter that was
+// trained on the miniature, FOREIGN a file that is none.
 
 import assert from "node:assert/strict";
-import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
-import { createServer } from "node:http";
-import { extname, join } from "node:path";
-import { after, before, describe, test } from "node:test";
-import { chromium } from "playwright-core";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { describe, test } from "node:test";
+import { OUT, WEB, apart, draw, opened, pixels, said, visit as visitIt } from "./browser.mjs";
 
-const { WEB, OUT, ADAPTER, CHROMIUM = "/usr/bin/chromium" } = process.env;
-const TYPES = {
-  ".html": "text/html",
-  ".js": "text/javascript",
-  ".mjs": "text/javascript",
-  ".css": "text/css",
-  ".json": "application/json",
-  ".svg": "image/svg+xml",
-};
+const { ADAPTER } = process.env;
 const PROMPTS = [
   // with a seed each
   ["a photo of a red butterfly on snow", 0],
@@ -24,7 +15,6 @@ const PROMPTS = [
   ["a photo of a purple beetle on sand", 2],
   ["a photo of a white flower on night", 3],
 ];
-const ROOM = { timeout: 120_000 };
 const RUNTIME_WITHOUT_MEMORY = `
   export const env = { wasm: {} };
   export class Tensor {}
@@ -32,81 +22,8 @@ const RUNTIME_WITHOUT_MEMORY = `
     create: async () => { throw new RangeError("WebAssembly.Memory(): could not allocate memory"); },
   };
 `;
-let server, browser, address;
-const served = []; // every path that was asked for
-
-before(async () => {
-  mkdirSync(OUT, { recursive: true });
-  server = createServer((request, response) => {
-    const path = new URL(request.url, "http://localhost").pathname;
-    served.push(path);
-    try {
-      const body = readFileSync(join(WEB, path));
-      response.writeHead(200, { "content-type": TYPES[extname(path)] ?? "application/octet-stream" }).end(body);
-    } catch {
-      response.writeHead(404).end();
-    }
-  });
-  await new Promise((resolve) => server.listen(0, "localhost", resolve));
-  address = `http://localhost:${server.address().port}`;
-  browser = await chromium.launch({
-    executablePath: CHROMIUM,
-    args: [
-      "--no-sandbox",
-      "--disable-gpu",
-      "--disable-background-networking",
-      "--disable-component-update",
-      "--no-first-run",
-    ],
-  });
-});
-after(async () => {
-  await browser?.close();
-  server?.close();
-});
-
-/** A visit in a browser of its own; what leaves the origin and what ends in an error is kept. */
-async function visit({ width = 1280, colorScheme = "light", context, query = "" } = {}) {
-  context ??= await browser.newContext({ viewport: { width, height: 900 }, colorScheme });
-  const page = await context.newPage();
-  const faults = [];
-  page.on("pageerror", (error) => faults.push(error.stack));
-  page.on("request", (request) => request.url().startsWith(`${address}/`) || faults.push(`asked ${request.url()}`));
-  await page.goto(`${address}/index.html${query}`);
-  await page.waitForSelector("html[data-ready]");
-  return { page, context, faults };
-}
-
-/** Wait until the page has said something that matches, and return it. */
-async function said(page, pattern, where = "status") {
-  await page.waitForFunction(
-    ([id, source]) => new RegExp(source).test(document.getElementById(id).textContent),
-    [where, pattern.source],
-    ROOM,
-  );
-  return page.textContent(`#${where}`);
-}
-
-/** Type a prompt, and draw. */
-async function draw(page, prompt, seed = 0) {
-  await page.fill("#prompt", prompt);
-  await page.fill("#seed", `${seed}`);
-  await page.click("#go");
-  await page
-    .waitForFunction(() => document.getElementById("status").textContent.startsWith("Drawing"), null, ROOM)
-    .catch(() => {}); // it may be over already
-  return said(page, /^Drawn in/);
-}
-
-/** The pixels of a canvas. */
-const pixels = (page, id = "picture") =>
-  page.evaluate((name) => {
-    const canvas = document.getElementById(name);
-    return Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data);
-  }, id);
-
-/** The mean difference of two pictures, from 0 to 255. */
-const apart = (one, other) => one.reduce((sum, each, i) => sum + Math.abs(each - other[i]), 0) / one.length;
+const it = opened();
+const visit = (options) => visitIt(it, options);
 
 describe("the page", () => {
   test("draws four prompts, says how long it took, and asks nothing of other hosts", async () => {
@@ -128,12 +45,12 @@ describe("the page", () => {
     const { page, context } = await visit();
     await draw(page, "a butterfly");
     const first = await pixels(page);
-    served.length = 0;
+    it.served.length = 0;
     const again = await visit({ context });
     await draw(again.page, "a butterfly");
     assert.equal(apart(await pixels(again.page), first), 0);
     assert.deepEqual(
-      served.filter((path) => /\.(gz|onnx|safetensors)$/.test(path)),
+      it.served.filter((path) => /\.(gz|onnx|safetensors)$/.test(path)),
       [],
     );
     await context.close();
@@ -190,7 +107,7 @@ describe("the page", () => {
     await said(page, /^Drawn in/);
     await page.waitForFunction(() => !document.querySelector("[aria-busy]"));
     await page.click("#adapter-off");
-    await page.waitForFunction(() => document.getElementById("adapter-off").hidden, null, ROOM);
+    await page.waitForFunction(() => document.getElementById("adapter-off").hidden);
     await draw(page, prompt, 1);
     assert.equal(apart(await pixels(page), plain), 0);
     await context.close();
@@ -290,9 +207,11 @@ describe("bad input", () => {
     await page.click("#go");
     assert.match(await said(page, /could not be loaded/, "fault"), /unet\.safetensors\.gz/);
     await page.unroute("**/unet.safetensors.gz*");
-    served.length = 0;
+    it.served.length = 0;
     await draw(page, "a fish");
-    assert.ok(served.includes("/model/unet.safetensors.gz") && !served.includes("/model/text_encoder.safetensors.gz"));
+    assert.ok(
+      it.served.includes("/model/unet.safetensors.gz") && !it.served.includes("/model/text_encoder.safetensors.gz"),
+    );
     await context.close();
   });
 
@@ -308,12 +227,12 @@ describe("bad input", () => {
 
   test("a tab without memory is said in words, and drawing is tried again", async () => {
     const { page, context } = await visit();
-    await page.route("**/ort.wasm.bundle.min.mjs", async (route) =>
+    await page.route("**/ort.wasm.bundle.min.js", async (route) =>
       route.fulfill({ contentType: "text/javascript", body: RUNTIME_WITHOUT_MEMORY }),
     );
     await page.click("#go");
     assert.match(await said(page, /too little memory/, "fault"), /close other tabs/);
-    await page.unroute("**/ort.wasm.bundle.min.mjs");
+    await page.unroute("**/ort.wasm.bundle.min.js");
     await draw(page, "a fish");
     await context.close();
   });
@@ -324,21 +243,21 @@ describe("bad input", () => {
       const response = await route.fetch();
       await route.fulfill({ response, body: `WebAssembly.validate = () => false;\n${await response.text()}` });
     });
-    served.length = 0;
+    it.served.length = 0;
     await page.click("#go");
     assert.match(await said(page, /SIMD/, "fault"), /Chrome, Edge, Firefox or Safari/);
     assert.deepEqual(
-      served.filter((path) => path.endsWith(".gz")),
+      it.served.filter((path) => path.endsWith(".gz")),
       [],
     );
     await context.close();
   });
 
   test("a page whose list of files is missing says so", async () => {
-    const context = await browser.newContext();
+    const context = await it.browser.newContext();
     const page = await context.newPage();
     await page.route("**/manifest.json", (route) => route.fulfill({ status: 404 }));
-    await page.goto(`${address}/index.html`);
+    await page.goto(`${it.address}/`);
     assert.match(await said(page, /could not be loaded/, "fault"), /404/);
     await context.close();
   });
@@ -364,6 +283,58 @@ describe("how it looks", () => {
         await context.close();
       });
     }
+  }
+
+  for (const width of [320, 640]) {
+    test(`at ${width} px, as on a small phone and at twice the size, nothing scrolls sideways`, async () => {
+      const { page, context } = await visit({ width });
+      for (const summary of await page.locator("summary").all()) await summary.click();
+      assert.equal(await page.evaluate(() => document.documentElement.scrollWidth - innerWidth), 0);
+      await context.close();
+    });
+  }
+
+  for (const colorScheme of ["light", "dark"]) {
+    test(`text and what one can use stand out, ${colorScheme}`, async () => {
+      const { page, context } = await visit({ colorScheme });
+      const faint = await page.evaluate(() => {
+        const channels = (colour) => colour.match(/[\d.]+/g).map(Number);
+        const light = (colour) => {
+          const [red, green, blue] = channels(colour).map((each) =>
+            each / 255 <= 0.04045 ? each / 255 / 12.92 : ((each / 255 + 0.055) / 1.055) ** 2.4,
+          );
+          return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+        };
+        const behind = (each) => {
+          const { backgroundColor: colour } = getComputedStyle(each);
+          return channels(colour)[3] === 0 ? behind(each.parentElement) : colour;
+        };
+        const contrast = (...colours) => {
+          const [less, more] = colours.map(light).sort((one, other) => one - other);
+          return (more + 0.05) / (less + 0.05);
+        };
+        const found = [];
+        document.getElementById("fault").textContent = "For example.";
+        document.getElementById("go").disabled = false;
+        for (const each of document.querySelectorAll("body *:not(script, noscript)")) {
+          const style = getComputedStyle(each);
+          const words = [...each.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+          const edged = each.matches("button, input:not([type=range], [type=file]), #drop");
+          const ratios = [
+            [words, style.color, behind(each), 4.5],
+            [edged, style.borderTopColor, behind(each.parentElement), 3],
+            [each.matches("[type=range], progress"), style.accentColor, behind(each.parentElement), 3],
+          ];
+          for (const [applies, one, other, least] of ratios) {
+            if (applies && contrast(one, other) < least)
+              found.push(`${each.tagName} ${each.id} ${one} on ${other}: ${contrast(one, other)}`);
+          }
+        }
+        return found;
+      });
+      assert.deepEqual(faint, []);
+      await context.close();
+    });
   }
 
   test("follows the theme that was chosen on the other pages", async () => {
@@ -412,7 +383,7 @@ test("how long it takes, and how much comes over the wire", async (context) => {
   page.on("response", async (response) => (bytes += Number(response.headers()["content-length"] ?? 0)));
   const began = Date.now();
   await page.click("#go");
-  await page.waitForFunction(() => document.getElementById("status").textContent === "Drawing …", null, ROOM);
+  await page.waitForFunction(() => document.getElementById("status").textContent === "Drawing …");
   const ready = Date.now() - began;
   await said(page, /^Drawn in/);
   const first = Date.now() - began;
