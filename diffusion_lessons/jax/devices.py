@@ -152,7 +152,7 @@ def on_host(tree: Any) -> Any:
 
 # %% ../../nbs/jax/56_devices.ipynb #d3a7021c
 #| code-fold: true
-#| code-summary: "on_first, agreed_stop: one works and all know, one is told and all stop"
+#| code-summary: "on_first, agreed_stop: one works and all know, one is asked and all stop"
 def on_first(function: Callable[[], Any]) -> Any:
     """Call it in the first process, for which the others wait; returns in all of them what it returned there.
 
