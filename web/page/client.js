@@ -16,11 +16,11 @@ export class Client {
 
   /** Ask. Returns { id, answer }: the number of the question, and the promise of what the worker returns.
    *
-   * @param {(event) => void} told what the worker says on the way
+   * @param {(event) => void} onEvent what the worker says on the way
    */
-  ask(kind, payload = {}, told = () => {}) {
+  ask(kind, payload = {}, onEvent = () => {}) {
     const id = ++this.asked;
-    const answer = new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject, told }));
+    const answer = new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject, onEvent }));
     this.worker.postMessage({ id, kind, payload });
     return { id, answer };
   }
@@ -28,7 +28,7 @@ export class Client {
   #answer({ id, event, result, error }) {
     const question = this.waiting.get(id);
     if (!question) return; // given up meanwhile
-    if (event) return question.told(event);
+    if (event) return question.onEvent(event);
     this.waiting.delete(id);
     if (!error) return question.resolve(result);
     const { input, message, lost } = error;
@@ -51,7 +51,7 @@ export class Client {
     this.lost();
   }
 
-  /** End the worker: everything that waits is told why. The next question needs another client. */
+  /** End the worker: everything that waits is refused, with the reason. The next question needs another client. */
   close(error) {
     this.worker.terminate();
     for (const { reject } of this.waiting.values()) reject(error);

@@ -28,13 +28,13 @@ export function checkSettings(settings) {
 function explained(error) {
   const said = `${error?.message ?? error}`;
   if (/Content Security Policy/i.test(said)) {
-    const told = "the server that sends this page forbids it WebAssembly: its policy lacks 'wasm-unsafe-eval'";
-    return Object.assign(new InputError(told), { lost: true });
+    const message = "the server that sends this page forbids WebAssembly: its policy lacks 'wasm-unsafe-eval'";
+    return Object.assign(new InputError(message), { lost: true });
   }
   if (error instanceof RangeError || /memory|bad_alloc|OOM|allocat/i.test(said)) {
-    const told =
+    const message =
       "the browser gave this page too little memory (it needs about 300 MB); close other tabs, and try again";
-    return Object.assign(new InputError(told), { lost: true });
+    return Object.assign(new InputError(message), { lost: true });
   }
   return error;
 }

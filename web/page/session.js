@@ -38,8 +38,8 @@ export class Session {
   }
 
   /** Ask the worker, which has its model already: see `Client.ask`. */
-  ask(kind, payload, told) {
-    return this.client.ask(kind, payload, told);
+  ask(kind, payload, onEvent) {
+    return this.client.ask(kind, payload, onEvent);
   }
 
   /** Draw for a wish: { pixels, looked, pieces }, or null once the wish counts no longer. */
@@ -52,8 +52,8 @@ export class Session {
     this.events.loading();
     try {
       this.client = new Client(() => this.#forget());
-      const told = ({ loaded }) => this.events.arrived(loaded);
-      this.tokenizer = new Tokenizer(await this.ask("load", { files: this.files }, told).answer);
+      const onArrival = ({ loaded }) => this.events.arrived(loaded);
+      this.tokenizer = new Tokenizer(await this.ask("load", { files: this.files }, onArrival).answer);
     } catch (error) {
       this.client?.close(error);
       this.#forget();

@@ -17,13 +17,15 @@ const TYPES = {
 }; // and no other: the page needs no server that knows more
 const ROOM = { timeout: 120_000 };
 
-/** A server of the page. Returns { address, served, close }: `served` lists every path that was asked for.
+/** A server of the page. Returns { address, served, sent, close }: every path that was asked for, and how many bytes
+ * were sent.
  *
  * @param prefix the folder of the host in which the page lies
  * @param headers that are sent with every file  @param {(path, body) => body} content what is sent of a file
  */
 export async function serve({ prefix = "", headers = {}, content = (path, body) => body } = {}) {
   const served = [];
+  let sent = 0;
   const server = createServer((request, response) => {
     const { pathname } = new URL(request.url, "http://localhost");
     const path = pathname.slice(prefix.length);
@@ -33,12 +35,14 @@ export async function serve({ prefix = "", headers = {}, content = (path, body) 
       const body = content(path, readFileSync(join(WEB, path.endsWith("/") ? `${path}index.html` : path)));
       const type = TYPES[extname(path) || ".html"] ?? "application/octet-stream";
       response.writeHead(200, { "content-type": type, ...headers }).end(body);
+      sent += Buffer.byteLength(body);
     } catch {
       response.writeHead(404).end();
     }
   });
   await new Promise((resolve) => server.listen(0, "localhost", resolve));
-  return { address: `http://localhost:${server.address().port}${prefix}`, served, close: () => server.close() };
+  const address = `http://localhost:${server.address().port}${prefix}`;
+  return { address, served, sent: () => sent, close: () => server.close() };
 }
 
 /** A server and a browser for the tests of one file; ended after them. Returns an object that is filled before them. */

@@ -26,7 +26,7 @@ test("a policy that forbids WebAssembly is named", async () => {
   const host = await serve({ headers: { "content-security-policy": "default-src 'self'" } });
   const { page, context } = await visit(it, { address: host.address });
   await page.click("#go");
-  assert.match(await said(page, /./, "fault"), /forbids it WebAssembly/);
+  assert.match(await said(page, /./, "fault"), /forbids WebAssembly/);
   await context.close();
   host.close();
 });

@@ -323,12 +323,12 @@ describe("download", () => {
   test("brings files whole, tells how far it is, and fetches nothing the second time", async () => {
     const { asked } = browser(answer);
     for (const visit of [1, 2]) {
-      const told = [];
-      const found = await fetchAll(base, served, (loaded, total) => told.push([loaded, total]));
+      const reports = [];
+      const found = await fetchAll(base, served, (loaded, total) => reports.push([loaded, total]));
       for (const name of Object.keys(served)) assert.deepEqual(Buffer.from(found[name]), Buffer.from(unpack(name)));
       const total = Object.values(served).reduce((sum, { bytes }) => sum + bytes, 0);
-      assert.deepEqual(told.at(-1), [total, total], `visit ${visit}`);
-      assert.ok(told.every(([loaded], i) => i === 0 || loaded >= told[i - 1][0]));
+      assert.deepEqual(reports.at(-1), [total, total], `visit ${visit}`);
+      assert.ok(reports.every(([loaded], i) => i === 0 || loaded >= reports[i - 1][0]));
     }
     assert.equal(asked.length, 2);
     assert.ok(asked.every((address) => address.startsWith(base.href)));
@@ -347,11 +347,11 @@ describe("download", () => {
       return answer(ReadableStream.from(pieces));
     };
     browser((bytes, path) => inPieces(path.endsWith(".gz") ? gunzipSync(bytes) : bytes));
-    const told = [];
-    const found = await fetchAll(base, served, (loaded, total) => told.push(loaded / total));
+    const reports = [];
+    const found = await fetchAll(base, served, (loaded, total) => reports.push(loaded / total));
     assert.deepEqual(Buffer.from(found["text_encoder.onnx"]), Buffer.from(unpack("text_encoder.onnx")));
-    assert.ok(told.every((share, i) => share <= 1 && (i === 0 || share >= told[i - 1])));
-    assert.equal(told.at(-1), 1);
+    assert.ok(reports.every((share, i) => share <= 1 && (i === 0 || share >= reports[i - 1])));
+    assert.equal(reports.at(-1), 1);
   });
   test("fetches of a newer model only what has changed, and leaves other pages of the host alone", async () => {
     const { kept, asked } = browser(answer);
