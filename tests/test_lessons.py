@@ -272,6 +272,18 @@ def test_a_cell_that_is_open_fits_a_screen(name):
     assert not [cell.source[:80] for cell in code_cells(name) if visible_lines(cell) > 40], "split it, or fold it"
 
 
+def closed_on_the_site(name: str, cell) -> bool:
+    """Whether `.ci/pages.py` closes it: long exported source of the workshop."""
+    in_workshop = PLACES[name].parent.name == "workshop"
+    return in_workshop and is_exported(cell) and cell.source.count("\n") >= 12
+
+
+@each_lesson
+def test_a_lesson_is_one_sitting(name):
+    assert sum(map(words, prose(name))) <= 1800
+    assert sum(visible_lines(cell) for cell in code_cells(name) if not closed_on_the_site(name, cell)) <= 280
+
+
 @each_lesson
 def test_next_leads_to_an_existing_lesson(name):
     """A lesson that the course does not have yet may be named, but not linked."""
