@@ -75,7 +75,8 @@ def betas_that_follow(alpha_bar: Callable[[float], float], num_train_timesteps: 
 def cosine_betas(num_train_timesteps: int = 1000) -> Tensor:
     """The betas of a squared cosine, float32 of shape (num_train_timesteps,).
 
-    Source: Nichol and Dhariwal 2021, equation 17; shifted by 0.008 so that beta does not start at 0.
+    Source: Nichol and Dhariwal 2021, equation 17. The shift by 0.008 keeps the first betas from being tiny: they found
+    that a network can hardly predict so little noise accurately enough (section 3.2).
     """
     return betas_that_follow(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, num_train_timesteps)
 
