@@ -26,7 +26,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "la
 
 
 def _laplace_alpha_bar(u: float) -> float:
-    """The schedule that diffusers calls laplace: most of its steps lie at middle noise levels."""
+    """The schedule that diffusers calls laplace: over most of it, alpha_bar / (1 - alpha_bar) is between 1 and 10."""
+    # diffusers takes a root at the end, so log_snr is not the logarithm of that ratio.
     log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
     return math.sqrt(1 / (1 + math.exp(-log_snr)))
 
