@@ -5,6 +5,7 @@ import builtins
 import io
 import itertools
 import re
+import symtable
 import sys
 from pathlib import Path
 
@@ -59,27 +60,32 @@ def words(text: str) -> int:
     return len(re.findall(r"[A-Za-z][A-Za-z'’-]*", text))
 
 
-def names_bound(tree: ast.AST) -> set[str]:
-    """All names that any line of the code gives a meaning to, wherever it stands."""
-    bound = set()
-    for node in ast.walk(tree):
-        if is_import(node):
-            bound |= {(each.asname or each.name).split(".")[0] for each in node.names}
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler) and node.name:
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            bound.add(node.id)
-    return bound
+def unknown_names(code: str) -> set[str]:
+    """The names that some line asks of the notebook and that no line outside of its functions binds."""
+    scopes, used = [symtable.symtable(code, "lesson", "exec")], set()
+    known = {each.get_name() for each in scopes[0].get_symbols() if each.is_assigned() or each.is_imported()}
+    for scope in scopes:  # grows on the way
+        scopes += scope.get_children()
+        used |= {each.get_name() for each in scope.get_symbols()
+                 if each.is_referenced() and (scope is scopes[0] or each.is_global())}  # fmt: skip
+    return used - known - {*dir(builtins), "display", "get_ipython"}
+
+
+@pytest.mark.parametrize(("code", "unknown"), [
+    ("print(count)", {"count"}), ("count = 1\nprint(count)", set()),
+    ("def f():\n    count = 1\nassert count == 1", {"count"}),  # what a function binds is its own
+    ("def f():\n    return count", {"count"}), ("def f(count):\n    return [count for each in range(count)]", set()),
+    ("import numpy as np\nclass A:\n    b = np.ones(1)\nwith open('f') as file:\n    file, A", set()),
+])  # fmt: skip
+def test_unknown_names_are_found(code, unknown):
+    assert unknown_names(code) == unknown
 
 
 @each_lesson
 def test_no_name_is_used_that_the_lesson_does_not_know(name):
     """In a second, what otherwise only a run of all lessons tells: an import that went with what needed it."""
     tree = ast.Module([statement for cell in code_cells(name) for statement in statements(cell)], [])
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    assert used - names_bound(tree) <= {*dir(builtins), "display", "get_ipython"}
+    assert unknown_names(ast.unparse(tree)) == set()
 
 
 @pytest.mark.parametrize("path", [NBS / "index.ipynb", *PATHS], ids=lambda path: path.stem)
