@@ -124,10 +124,11 @@ web: $(INSTALLED_DEV)  ## lay out the page on which the miniature draws, into _w
 	$(BIN)/python web/build.py _web/try --check
 
 .PHONY: docs
-docs: web  ## render the site into _docs, with the page that draws; needs Quarto and Node.js
+docs: $(INSTALLED_DEV)  ## render the site into _docs, with the page that draws; needs Quarto and Node.js
 	@command -v quarto >/dev/null || { \
 	  echo "make docs renders the site with Quarto, and there is no quarto here."; \
 	  echo "Install it from https://quarto.org/docs/get-started/ and try again."; exit 1; }
+	@$(MAKE) --no-print-directory web
 	@touch README.md  # as old as the index, nbdev would have Quarto write another one
 	@rm -rf _proc  # nbdev does not see whether .ci/pages.py has changed since
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(abspath .ci)" nbdev_docs  # with .ci/pages.py
