@@ -31,7 +31,7 @@ class PictureOptions:
     resize: Literal["crop", "squeeze", "pad"] = option(
         "squeeze", "crop the short side's square, squeeze into it as the tutorial does, or pad to it", fixed=True)
     center_crop: bool = option(False, "the same as --resize crop")
-    random_flip: bool = option(True, "mirror pictures, each with a chance of one half, drawn anew each time", fixed=True)
+    random_flip: bool = option(True, "mirror each picture with a chance of one half, drawn anew each time", fixed=True)
     on_bad_image: Literal["error", "skip"] = option("error", "what to do about a file that is no readable picture")
 
 # %% ../../nbs/workshop/86_butterflies_config.ipynb #e286c691
