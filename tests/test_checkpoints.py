@@ -18,6 +18,7 @@ from diffusion_lessons.engine.checkpoints import (
     PROGRESS,
     Checkpoint,
     atomic_folder,
+    folder_fault,
     load_part,
     without_warnings,
     write_json,
@@ -68,6 +69,22 @@ def test_damage_is_said_in_one_line(parts, tmp_path, name, capfd):
     with pytest.raises(InputError, match=f"{name}: is incomplete: it has no config.json"):
         load_part(KINDS[name], tmp_path / name, "try again")
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_missing_file_of_several_is_named_and_the_index_of_another_format_is_not_asked(parts, tmp_path, name):
+    folder = tmp_path / name
+    KINDS[name].from_pretrained(parts / name).save_pretrained(folder, max_shard_size="4KB")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2 and load_part(KINDS[name], folder, "")
+    files[1].unlink()
+    with pytest.raises(InputError, match=f"{name}: is incomplete: it has no {files[1].name}; try again"):
+        load_part(KINDS[name], folder, "try again")
+    for file in files[:1] + files[2:]:
+        file.unlink()
+    whole = next((parts / name).glob("*.safetensors"))
+    shutil.copy(whole, folder / f"{whole.stem}.fp16.safetensors")  # as a download of one format leaves a folder
+    assert folder_fault(folder) is None
 
 
 @pytest.mark.parametrize("name, kind", [("unet", AutoencoderKL), ("unet", CLIPTextModel), ("text", UNet2DModel)])

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,29 +137,23 @@ def check_weights(folder: Path, model: torch.nn.Module, said: str) -> None:
     """
     whole, pieces, index = _WEIGHT_FILES
     in_pieces = any(folder.glob(pieces)) or ((folder / index).is_file() and not (folder / whole).is_file())
-    fault, files = folder_fault(folder, pieces if in_pieces else whole), [whole]
-    if fault is None and in_pieces:
-        files = _named_by(folder / index) if (folder / index).is_file() else [index]
-        gone = [name for name in files if not (folder / name).is_file()]
-        fault = f"is incomplete: it has no {' and no '.join(gone)}" if gone else None
+    pattern = pieces if in_pieces else whole
+    fault = folder_fault(folder, pattern)
+    if fault is None and in_pieces and not (folder / index).is_file():
+        fault = f"is incomplete: it has no {index}"
     elif fault is not None and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
         fault = "has its weights in a format that may carry code; take one with .safetensors, or convert it"
     wanted = Counter(weight.numel() for weight in model.state_dict().values())
-    if fault is None and _sizes(folder / name for name in files) != wanted:
+    if fault is None and _sizes(folder, pattern) != wanted:
         fault = "has weights of another network than its config.json describes"
     if fault is not None:
         raise InputError(f"{said}: its network {fault}")
 
 
-def _named_by(index: Path) -> list[str]:
-    """The weight files that an index names."""
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-
-
-def _sizes(files: Iterable[Path]) -> Counter:
-    """How many weights of each size lie in safetensors files."""
+def _sizes(folder: Path, pattern: str) -> Counter:
+    """How many weights of each size lie in the safetensors files of a folder whose names fit."""
     found = Counter()
-    for file in files:
+    for file in folder.glob(pattern):
         with safe_open(file, "pt") as weights:
             found.update(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return found

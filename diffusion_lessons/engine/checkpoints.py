@@ -110,11 +110,14 @@ def folder_fault(folder: Path, weights: str = "*.safetensors") -> str | None:
             return f"is damaged: {file.name} is cut off or no safetensors file"
     for index in sorted(folder.glob("[!.]*.safetensors.index*.json")):
         try:
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return f"is damaged: {index.name} is no index of weight files"
         if not all(map(is_plain_name, named)):
             return f"is damaged: {index.name} names a file that is not in the folder"
+        gone = sorted(name for name in named if not (folder / name).is_file())
+        if 0 < len(gone) < len(named):  # with none of them there, it is the index of another format's files
+            return f"is incomplete: it has no {' and no '.join(gone)}"
     return None
 
 # %% ../../nbs/workshop/66_checkpoints.ipynb #0f11e4d8
